@@ -1,0 +1,1 @@
+"""Archive groups: which messages are kept, and where."""

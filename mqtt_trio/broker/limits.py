@@ -1,0 +1,38 @@
+"""Bounds of the broker, section [Limits] of the configuration. Reaching one has a documented outcome and a counter."""
+
+from __future__ import annotations
+
+import attrs
+from attrs.validators import ge, in_, le
+
+
+@attrs.frozen(kw_only=True)
+class Limits:
+    maximum_packet_size: int = attrs.field(default=2 * 1024 * 1024, validator=[ge(1024), le(268_435_460)])
+    """Bytes of the largest packet that a client may send. Outcome: DISCONNECT 0x95, the connection closes."""
+    receive_maximum: int = attrs.field(default=1024, validator=[ge(1), le(65_535)])
+    """QoS 1 and 2 messages of one client that may wait for our acknowledgement. Outcome: a 5.0 client that sends more
+    is disconnected with 0x93; a 3.x client, which has no such rule, is not read from until acknowledgements are out."""
+    inflight_messages: int = attrs.field(default=1024, validator=[ge(1), le(65_535)])
+    """QoS 1 and 2 messages sent to one client and not yet acknowledged by it (the client's own Receive Maximum may be
+    lower). Outcome: further messages wait in its queue."""
+    queue_messages: int = attrs.field(default=10_000, validator=ge(0))
+    """QoS 1 and 2 messages that wait for one session. Outcome: `queue_overflow`."""
+    queue_bytes: int = attrs.field(default=64 * 1024 * 1024, validator=ge(0))
+    """Bytes of the messages that wait for one session. Outcome: `queue_overflow`."""
+    queue_overflow: str = attrs.field(default="drop-new", validator=in_(("drop-new", "drop-oldest")))
+    """What a full queue does: refuse the new message or push out the oldest one."""
+    outbox_bytes: int = attrs.field(default=8 * 1024 * 1024, validator=ge(65_536))
+    """Bytes of frames on their way to one connected client that its socket has not taken yet. Outcome: QoS 0 messages
+    are dropped for this client, QoS 1 and 2 messages wait in its queue."""
+    retained_messages: int = attrs.field(default=1_000_000, validator=ge(0))
+    """Retained messages of the node. Outcome: a new retained message is delivered, not retained."""
+    subscriptions_per_client: int = attrs.field(default=10_000, validator=ge(1))
+    """Subscriptions of one session. Outcome: SUBACK 0x97."""
+    session_expiry_interval: int = attrs.field(default=7 * 24 * 3600, validator=[ge(0), le(0xFFFF_FFFF)])
+    """Seconds that a disconnected session is kept at most, also for 3.x clients with Clean Session 0."""
+    keep_alive: int = attrs.field(default=0, validator=[ge(0), le(65_535)])
+    """Seconds of the longest Keep Alive; a 5.0 client that asks for more (or for none) gets this one as Server Keep
+    Alive, 3.x clients keep theirs. 0: whatever clients ask for."""
+    sessions: int = attrs.field(default=1_000_000, validator=ge(1))
+    """Sessions of the node, connected or not. Outcome: CONNACK 0x97 (3.x: 3, server unavailable)."""

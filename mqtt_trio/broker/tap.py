@@ -1,0 +1,91 @@
+"""What sees every accepted publish and may hold its acknowledgement: archive groups, the bus, gateways.
+
+A tap is asked once for each Topic Name where its messages go (`Tap.route`); the answer is kept in the route caches,
+so it must depend on the Topic Name alone and be the same object for the same destination: runs of frames are cut
+where it changes. Everything here runs on the Trio thread, inside the hot stretch, and must not block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol, TypeAlias
+
+import attrs
+
+from mqtt_trio.broker.message import Message
+from mqtt_trio.protocol.codes import ProtocolVersion, ReasonCode
+
+
+@attrs.define
+class FrameRun:
+    """Whole PUBLISH packets of one publisher that lie side by side, as they were received.
+
+    All have the same QoS, RETAIN 0 and DUP 0, a Topic Name (no Topic Alias) and the same route; a run at QoS 1 or 2
+    has one frame, whose Packet Identifier is the publisher's and means nothing to anybody else.
+    """
+
+    frames: bytes
+    count: int
+    """How many frames."""
+    qos: int
+    protocol_version: ProtocolVersion
+    """5.0, or 3.1.1 for both 3.x versions: their PUBLISH is the same."""
+    client_id: str
+    published_at: float
+    """UTC seconds since the epoch."""
+
+
+class Hold:
+    """A tap's promise to say later when a message may be acknowledged. `release` it exactly once, on the Trio thread,
+    then have the touched clients flushed (`flush` of whoever handed out the broker)."""
+
+    __slots__ = ("_waiter", "refused", "released")
+
+    def __init__(self) -> None:
+        self._waiter: Callable[[], None] | None = None
+        self.released = False
+        self.refused: ReasonCode | None = None
+
+    def release(self, refused: ReasonCode | None = None) -> None:
+        """Let the acknowledgement go; with `refused`, as a negative one."""
+        if self.released:
+            return
+        self.released = True
+        self.refused = refused
+        if self._waiter is not None:
+            self._waiter()
+
+    def when_released(self, waiter: Callable[[], None]) -> None:
+        """Call `waiter` at the release (used by the broker)."""
+        if self.released:
+            waiter()
+        else:
+            self._waiter = waiter
+
+
+@attrs.frozen
+class Refused:
+    """The tap does not take the message: a 5.0 publisher gets `reason_code`, a 3.x publisher is disconnected."""
+
+    reason_code: ReasonCode
+
+
+Answer: TypeAlias = Hold | Refused | None
+"""None: taken, acknowledge at once. For QoS 0 a tap always answers None, and counts what it has to drop."""
+
+
+class TapRoute(Protocol):
+    """Where one tap puts the messages of a topic."""
+
+    def take_run(self, run: FrameRun) -> Answer:
+        """Take a run of frames from the fast lane."""
+
+    def take(self, message: Message) -> Answer:
+        """Take one message from the full path."""
+
+
+class Tap(Protocol):
+    """Something that wants publishes. Registered with `Broker.add_tap` before the listeners open."""
+
+    def route(self, topic_name: str) -> TapRoute | None:
+        """Return where messages of `topic_name` go, or None when this tap does not want them."""

@@ -1,0 +1,100 @@
+"""What a gateway implements and what it receives. Gateways import this module, `archive.store` and `errors` only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import trio
+
+from mqtt_trio.archive.store import ArchiveStore as ArchiveStore
+from mqtt_trio.archive.store import Outcome as Outcome
+from mqtt_trio.broker.message import Message as Message
+from mqtt_trio.broker.tap import Answer as Answer
+from mqtt_trio.broker.tap import FrameRun as FrameRun
+from mqtt_trio.broker.tap import Hold as Hold
+from mqtt_trio.broker.tap import Refused as Refused
+from mqtt_trio.broker.tap import Tap as Tap
+from mqtt_trio.broker.tap import TapRoute as TapRoute
+from mqtt_trio.protocol.codes import ProtocolVersion as ProtocolVersion
+from mqtt_trio.protocol.codes import ReasonCode as ReasonCode
+from mqtt_trio.protocol.packets import NO_PROPERTIES as NO_PROPERTIES
+from mqtt_trio.protocol.packets import MessageProperties as MessageProperties
+
+
+class LocalClient(Protocol):
+    """A publisher inside the process: what it publishes came from outside the node. Trio thread only.
+
+    Each call is one hot stretch: it routes, enqueues and flushes the touched clients before it returns.
+    """
+
+    def publish(self, messages: Sequence[Message], *, tapped: bool = False) -> None:
+        """Deliver `messages` to the subscribers of this node. `tapped`: show them to the taps as well.
+
+        RETAIN is handled as delivery to existing subscriptions demands; the retained store is not changed.
+        """
+
+    def publish_runs(self, runs: Sequence[FrameRun]) -> None:
+        """Deliver runs of frames to the subscribers of this node, as if each run had just been received; no tap sees
+        them. Frames that no broker of this version writes raise `RemoteProtocolError`; runs before them count."""
+
+    def set_retained(self, message: Message) -> None:
+        """Replace the retained message of its topic (an empty payload removes it); nobody is told."""
+
+
+class GatewayHost(Protocol):
+    """The broker as a gateway sees it."""
+
+    node_id: str
+    """`Node.Id`."""
+    instance_id: bytes
+    """16 random bytes of this process."""
+
+    def add_tap(self, tap: Tap) -> None:
+        """Show every accepted publish to `tap`. Before `started()`."""
+
+    def local_client(self, name: str) -> LocalClient:
+        """Make a publisher; `name` stands in logs."""
+
+    def flush(self) -> None:
+        """Send what is waiting in the outboxes of touched clients; call it after releasing Holds."""
+
+    def stop_publishers(self, owner: object) -> None:
+        """A hard bound is reached: no client's QoS 1 or 2 PUBLISH is handled until `owner` lets go. Idempotent."""
+
+    def resume_publishers(self, owner: object) -> None:
+        """Undo `stop_publishers` of `owner`."""
+
+
+class Gateway(Protocol):
+    """A bridge to another system, supervised by `app`."""
+
+    async def run(self, host: GatewayHost, *, task_status: trio.TaskStatus[None]) -> None:
+        """Serve until cancelled; `started()` when listeners may open (everything known that clients rely on, or the
+        other system is away and the policy says to go on).
+
+        Raises:
+          StartError: the broker must not run (it ends with exit code 1); later errors are handled inside.
+        """
+
+    async def stop(self) -> None:
+        """Ship what is held, close. After the last publish; bounded by the caller's cancel scope."""
+
+    def archive_store(self, topic: str | None, name: str) -> ArchiveStore:
+        """Make the store of archive group `name`; `topic`: its own destination, None for the gateway's default."""
+
+    def describe(self) -> Sequence[str]:
+        """Lines for the start-up summary."""
+
+    def counters(self) -> dict[str, int]:
+        """Counters by name, for metrics and the line that is logged at the end."""
+
+
+class MakeGateway(Protocol):
+    """`build` of a gateway package."""
+
+    def __call__(self, options: object) -> Gateway: ...
+
+
+Flush = Callable[[], None]
+"""Sends what is waiting in the outboxes of touched clients."""
