@@ -1,0 +1,1 @@
+"""The Kafka gateway: archive groups into Kafka, nodes joined by Kafka."""

@@ -1,0 +1,164 @@
+"""Options of the Kafka gateway: section [Kafka] of the configuration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import attrs
+from attrs.validators import ge, gt, in_, le, matches_re, optional
+
+TOPIC_NAME = r"(?!\.{1,2}$)[a-zA-Z0-9._-]{1,249}"
+DEFAULT_SERVERS = "localhost:9092"
+
+
+def names_of(servers: str | list[str] | None) -> list[str]:
+    """Return the `host:port` names of a list, or of a string that separates them by commas."""
+    if servers is None:
+        return []
+    parts = servers.split(",") if isinstance(servers, str) else servers
+    return [name for part in parts if (name := part.strip())]
+
+
+def check_servers(_instance: object, attribute: attrs.Attribute[Any], value: str | list[str] | None) -> None:
+    """Validate `host`, `host:port` and `[ipv6]:port`."""
+    if value is None:
+        return
+    if not (names := names_of(value)):
+        raise ValueError("expected at least one host:port")
+    for name in names:
+        host, colon, port = name.rpartition(":")
+        if not colon or name.endswith("]"):
+            continue
+        if not host or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65_536:
+            raise ValueError(f"expected host:port, got {name!r}")
+
+
+@attrs.frozen(kw_only=True)
+class BusOptions:
+    """[Kafka.Bus]: the nodes of a cluster, joined by one topic."""
+
+    enabled: bool = False
+    topic: str = attrs.field(default="monster", validator=matches_re(TOPIC_NAME))
+    linger: float = attrs.field(default=0.003, validator=[ge(0), le(1)])
+    """Seconds that messages wait to share a record."""
+    ack: str = attrs.field(default="none", validator=in_(("none", "store")))
+    """`store`: PUBACK after Kafka has the message."""
+    on_outage: str = attrs.field(default="spool", validator=in_(("spool", "reject", "drop")))
+    """What becomes of messages while Kafka is away."""
+
+
+@attrs.frozen(kw_only=True)
+class SecurityOptions:
+    """[Kafka.Security]"""
+
+    protocol: str = attrs.field(
+        default="PLAINTEXT", validator=in_(("PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"))
+    )
+    sasl_mechanism: str | None = attrs.field(
+        default=None,
+        validator=optional(in_(("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "OAUTHBEARER", "GSSAPI"))),
+    )
+    sasl_username: str | None = None
+    sasl_password: str | None = attrs.field(default=None, repr=False, metadata={"secret": True})
+
+
+@attrs.frozen(kw_only=True)
+class SslOptions:
+    """[Kafka.SSL]"""
+
+    truststore_location: str | None = None
+    truststore_password: str | None = attrs.field(default=None, repr=False, metadata={"secret": True})
+    keystore_location: str | None = None
+    keystore_password: str | None = attrs.field(default=None, repr=False, metadata={"secret": True})
+    key_password: str | None = attrs.field(default=None, repr=False, metadata={"secret": True})
+
+
+@attrs.frozen(kw_only=True)
+class TopicOptions:
+    """[Kafka.Topics.*]: what differs from the defaults of that topic (`topics.DEFAULTS`)."""
+
+    name: str | None = attrs.field(default=None, validator=optional(matches_re(TOPIC_NAME)))
+    partitions: int | None = attrs.field(default=None, validator=optional([ge(1), le(10_000)]))
+    replication_factor: int | None = attrs.field(default=None, validator=optional([ge(1), le(100)]))
+    """None: 3, or as many as there are brokers if these are fewer."""
+    enabled: bool | None = None
+    config: dict[str, Any] = attrs.field(factory=dict)
+    """Any topic property of Kafka, such as `retention.ms`."""
+
+
+@attrs.frozen(kw_only=True)
+class TopicsOptions:
+    """[Kafka.Topics]"""
+
+    messages: TopicOptions = TopicOptions()
+    archive: TopicOptions = TopicOptions()
+    events: TopicOptions = TopicOptions()
+    metrics: TopicOptions = TopicOptions()
+    dlq: TopicOptions = TopicOptions()
+    bus: TopicOptions = TopicOptions()
+    retained: TopicOptions = TopicOptions()
+    sessions: TopicOptions = TopicOptions()
+
+
+@attrs.frozen(kw_only=True)
+class MetricsOptions:
+    """[Kafka.Metrics]"""
+
+    enabled: bool = False
+    interval: float = attrs.field(default=10.0, validator=gt(0))
+    """Seconds between records on mqtt.metrics."""
+    reporters: list[Any] = attrs.field(factory=list)
+    """Any of `kafka`, `prometheus`, `log`; tables with Java class names are accepted and mean nothing."""
+    jmx_enabled: bool = False
+    """Accepted for old configurations; means nothing."""
+
+
+@attrs.frozen(kw_only=True)
+class KafkaOptions:
+    """[Kafka]"""
+
+    servers: str | list[str] | None = attrs.field(default=None, validator=check_servers)
+    """`host:port` of some brokers, as a list or separated by commas."""
+    bootstrap_servers: str | list[str] | None = attrs.field(default=None, validator=check_servers)
+    """The same under its Kafka name."""
+    bus: BusOptions = BusOptions()
+    security: SecurityOptions = SecurityOptions()
+    ssl: SslOptions = SslOptions()
+    topics: TopicsOptions = TopicsOptions()
+    producer: dict[str, Any] = attrs.field(factory=dict)
+    """Options of kafka-python's KafkaProducer, in its spelling or with dots."""
+    consumer: dict[str, Any] = attrs.field(factory=dict)
+    """Options of kafka-python's KafkaConsumer, in its spelling or with dots."""
+    profile: str = attrs.field(default="safe", validator=in_(("safe", "compat")))
+    """`compat`: acks=1 without idempotence, on everything but the bus."""
+    metrics: MetricsOptions = MetricsOptions()
+    window_messages: int = attrs.field(default=20_000, validator=[ge(100), le(1_000_000)])
+    """Records that one producer may hold before Kafka has confirmed them. Outcome: QoS 1 and 2 publishers wait,
+    QoS 0 messages are dropped."""
+    window_bytes: int = attrs.field(default=32 * 1024 * 1024, validator=[ge(1024 * 1024), le(4 * 1024**3)])
+    """Bytes that one producer may hold before Kafka has confirmed them. Outcome as above."""
+    delivery_timeout: float = attrs.field(default=60.0, validator=[ge(5), le(3600)])
+    """Seconds that a record may stay unconfirmed before its producer is thrown away and it is sent by a new one."""
+
+    def __attrs_post_init__(self) -> None:
+        ours, theirs = names_of(self.servers), names_of(self.bootstrap_servers)
+        if ours and theirs and ours != theirs:
+            raise ValueError("Servers and BootstrapServers name different servers; keep one of them")
+        bus = self.topics.bus.name
+        if bus is not None and bus != self.bus.topic and self.bus.topic != "monster":
+            raise ValueError("Bus.Topic and Topics.Bus.Name name different topics; keep one of them")
+
+    @property
+    def configured(self) -> bool:
+        """The configuration names a Kafka."""
+        return bool(self.servers or self.bootstrap_servers)
+
+    @property
+    def server_names(self) -> list[str]:
+        """`host:port` of each server to begin with."""
+        return names_of(self.servers) or names_of(self.bootstrap_servers) or [DEFAULT_SERVERS]
+
+    @property
+    def bus_topic(self) -> str:
+        """Name of the bus topic."""
+        return self.topics.bus.name or self.bus.topic

@@ -1,0 +1,59 @@
+"""What crosses the boundary between the Trio thread and the Kafka threads: records out, records in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import attrs
+
+RECORD_OVERHEAD = 70
+"""Bytes that a record takes in its batch beside key, value and headers, at most (varints, CRC share, batch header)."""
+HEADER_OVERHEAD = 10
+"""Bytes that a header takes beside its key and value, at most."""
+
+Headers = Sequence[tuple[str, bytes]]
+
+
+@attrs.define(eq=False)
+class Record:
+    """One record on its way to Kafka. `done(None)` is called on the Trio thread when Kafka has it, `done(exc)` when
+    this very record can never be stored or the bridge was closed before it was confirmed."""
+
+    topic: str
+    partition: int | None
+    """None: murmur2 of `key`, as Java clients choose it, taken when the record is sent for the first time."""
+    key: bytes | None
+    value: bytes | None
+    headers: Headers = ()
+    timestamp_ms: int | None = None
+    done: Callable[[Exception | None], None] | None = None
+    messages: int = 1
+    """How many MQTT messages the record carries; for counters."""
+    size: int = attrs.field(init=False, default=0)
+    """Bytes that the record counts for in windows and against max.message.bytes (set by `ProducerBridge.offer`)."""
+    offered_at: float = attrs.field(init=False, default=0.0)
+    """`time.monotonic()` of the offer."""
+    settled: bool = attrs.field(init=False, default=False)
+    """Its outcome is known; written by the Kafka threads."""
+    suspect: bool = attrs.field(init=False, default=False)
+    """A batch with it was refused for the fault of one record: it is sent alone, to see whether it was this one."""
+
+    def measure(self) -> int:
+        """Return the bytes of the record in a batch, an upper bound."""
+        size = RECORD_OVERHEAD + len(self.key or b"") + len(self.value or b"")
+        for name, value in self.headers:
+            size += HEADER_OVERHEAD + len(name) + len(value)
+        return size
+
+
+@attrs.define(eq=False)
+class ConsumedRecord:
+    """One record that came from Kafka."""
+
+    topic: str
+    partition: int
+    offset: int
+    key: bytes | None
+    value: bytes | None
+    headers: Headers
+    timestamp_ms: int
