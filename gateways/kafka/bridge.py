@@ -1,19 +1,35 @@
-"""The Trio half of the bridge: bounded windows towards the feeder thread, lists of records from the poller thread.
+"""The Trio half of the bridge: a bounded window towards the feeder thread, lists of records from the poller thread.
 
 Costs decide the shape (docs/kafka.md): a hop per record takes 50 µs and more, a deque with one wake per burst 0.4 µs.
 """
 
 from __future__ import annotations
 
+import logging
+import threading
+import time
+from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Literal
+from functools import partial
+from typing import Any, Final
 
 import trio
 
 from gateways.kafka.cluster import Cluster
+from gateways.kafka.feeder import Faults, Feeder, ProducerLike
 from gateways.kafka.options import KafkaOptions
+from gateways.kafka.poller import Assignment, ConsumerLike, Poller
 from gateways.kafka.records import ConsumedRecord as ConsumedRecord
 from gateways.kafka.records import Record as Record
+
+log = logging.getLogger("gateways.kafka")
+
+DRAIN_LIMIT: Final = 2000
+"""Outcomes that one drain handles before other tasks get their turn."""
+CLOSE_GRACE: Final = 1.0
+"""Seconds that a cancelled `stop` still waits for its thread."""
+SLOTS: Final = 8
+"""Lists of records that wait for the Trio thread; then the poller waits."""
 
 
 def nothing() -> None:
@@ -28,9 +44,10 @@ class ProducerBridge:
 
     Attributes:
       after_drain: called on the Trio thread after each burst of `done` calls; set it to `host.flush`.
+      full: the window is reached, in records or in bytes.
+      hard_full: twice the window is reached: whoever offers must stop altogether.
+      outstanding_records, outstanding_messages, outstanding_bytes: offered and without an outcome.
     """
-
-    after_drain: Callable[[], None]
 
     def __init__(
         self,
@@ -42,68 +59,169 @@ class ProducerBridge:
         window_records: int,
         window_bytes: int,
         linger_ms: int = 5,
+        open_producer: Callable[[], ProducerLike] | None = None,
+        faults: Faults | None = None,
     ) -> None:
-        """`name` stands in logs and client ids; `linger_ms` is the producer's (0 where records are packed already)."""
-        raise NotImplementedError
+        """`name` stands in logs and client ids; `linger_ms` is the producer's (0 where records are packed already);
+        `open_producer` and `faults` are for tests."""
+        self.name = name
+        self.after_drain: Callable[[], None] = nothing
+        self.full = self.hard_full = False
+        self.outstanding_records = self.outstanding_messages = self.outstanding_bytes = 0
+        self._window_records, self._window_bytes = window_records, window_bytes
+        self._sent = self._sent_messages = self._failed = 0
+        self._room_waiters: list[Callable[[], None]] = []
+        self._outcomes: deque[tuple[Record, Exception | None]] = deque()
+        self._drain_is_due = False
+        self._token: trio.lowlevel.TrioToken | None = None
+        self._ended = trio.Event()
+        self._closed = False
+        if open_producer is None or faults is None:
+            from gateways.kafka import workers
+
+            open_producer = partial(workers.Producer, options, name, compression, linger_ms)
+            faults = workers
+        self._feeder = Feeder(name, open_producer, faults, cluster, self._settle)
+        self._feeder.delivery_timeout = options.effective_delivery_timeout
+        self._inbox = self._feeder.inbox
 
     def offer(self, record: Record) -> None:
         """Take `record`, behind all records before it. Never blocks, never refuses: the caller looks at `full`."""
-        raise NotImplementedError
-
-    @property
-    def full(self) -> bool:
-        """The window is reached, in records or in bytes."""
-        raise NotImplementedError
-
-    @property
-    def hard_full(self) -> bool:
-        """Twice the window is reached: whoever offers must stop altogether."""
-        raise NotImplementedError
+        record.size = size = record.measure()
+        record.offered_at = time.monotonic()
+        self.outstanding_records += 1
+        self.outstanding_messages += record.messages
+        self.outstanding_bytes += size
+        if self.outstanding_records >= self._window_records or self.outstanding_bytes >= self._window_bytes:
+            self.full = True
+            self.hard_full = (
+                self.outstanding_records >= 2 * self._window_records or self.outstanding_bytes >= 2 * self._window_bytes
+            )
+        self._inbox.append(record)
+        if self._feeder.idle:
+            self._feeder.wake_up()
+        if self._closed:
+            self._feeder.fail_rest()
 
     def when_room(self, callback: Callable[[], None]) -> None:
         """Call `callback` once, on the Trio thread, at the end of the drain that makes `full` False, before
         `after_drain`; at once when it is False now."""
-        raise NotImplementedError
-
-    @property
-    def outstanding_records(self) -> int:
-        """Records offered and not settled."""
-        raise NotImplementedError
-
-    @property
-    def outstanding_messages(self) -> int:
-        """MQTT messages in them."""
-        raise NotImplementedError
-
-    @property
-    def outstanding_bytes(self) -> int:
-        """Bytes of them, by `Record.measure`."""
-        raise NotImplementedError
+        if self.full:
+            self._room_waiters.append(callback)
+        else:
+            callback()
 
     @property
     def oldest_age(self) -> float:
-        """Seconds since the oldest unsettled record was offered (0 when there is none); about 0.5 s exact."""
-        raise NotImplementedError
+        """Seconds since the oldest record without an outcome was offered, 0 when there is none; half a second exact."""
+        oldest = self._feeder.oldest_offer
+        return time.monotonic() - oldest if oldest and self.outstanding_records else 0.0
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Own the feeder thread until cancelled or stopped; `started()` at once, also while Kafka is away.
 
         Cancelled, the thread is told to close at once and left to do so.
         """
-        raise NotImplementedError
+        self._token = trio.lowlevel.current_trio_token()
+        task_status.started()
+        try:
+            await trio.to_thread.run_sync(self._thread, abandon_on_cancel=True, limiter=trio.CapacityLimiter(1))
+        finally:
+            self._feeder.abort()
+
+    def _thread(self) -> None:
+        try:
+            self._feeder.run()
+        finally:
+            self._closed = True
+            self._soon(self._ended.set)
 
     async def stop(self) -> None:
         """Send what was offered, close. Bounded by the caller's cancel scope: cancelled, the producer is closed by
-        force and every unsettled record gets `done(GatewayError)`. Idempotent."""
-        raise NotImplementedError
+        force and every record without an outcome gets `done(GatewayError)`. Idempotent."""
+        if self._token is None:
+            self._feeder.abort()
+            self._feeder.fail_rest()
+            self._drain()
+            return
+        self._feeder.finish()
+        try:
+            await self._ended.wait()
+        finally:
+            self._feeder.abort()
+            with trio.CancelScope(shield=True), trio.move_on_after(CLOSE_GRACE):
+                await self._ended.wait()
+            while self._outcomes:
+                self._drain()
+            if not self._ended.is_set():
+                log.warning("Kafka producer %s does not end; its thread is left behind", self.name)
 
     def counters(self) -> dict[str, int]:
-        """`records_sent`, `messages_sent`, `records_failed`, `records_resent`, `rebuilds`."""
-        raise NotImplementedError
+        """Return what happened since the start."""
+        return {
+            "records_sent": self._sent,
+            "messages_sent": self._sent_messages,
+            "records_failed": self._failed,
+            "records_resent": self._feeder.resent,
+            "rebuilds": self._feeder.rebuilds,
+        }
 
+    def _settle(self, record: Record, error: Exception | None) -> None:
+        """Note an outcome, wake the Trio thread once per burst. Any thread."""
+        self._outcomes.append((record, error))
+        if not self._drain_is_due:
+            self._drain_is_due = True
+            self._soon(self._drain)
 
-From = Literal["end", "beginning"]
-Assignment = tuple[str, From]
+    def _soon(self, callback: Callable[[], object]) -> None:
+        if self._token is not None:
+            try:
+                self._token.run_sync_soon(callback, idempotent=True)
+            except trio.RunFinishedError:
+                pass  # the process is ending; nobody waits for outcomes any more
+
+    def _drain(self) -> None:
+        """Hand out the outcomes that came (Trio thread)."""
+        self._drain_is_due = False  # before the first look: what comes behind it asks for a drain of its own
+        outcomes = self._outcomes
+        for _ in range(min(len(outcomes), DRAIN_LIMIT)):
+            record, error = outcomes.popleft()
+            if record.finished:  # a producer that was given up on spoke up late
+                continue
+            record.finished = True
+            self._count(record, error)
+            done, record.done = record.done, None
+            if done is not None:
+                try:
+                    done(error)
+                except Exception:
+                    log.exception("Kafka producer %s: error while an outcome was handed out", self.name)
+        if outcomes and not self._drain_is_due:
+            self._drain_is_due = True
+            self._soon(self._drain)
+        self._look_for_room()
+        self.after_drain()
+
+    def _count(self, record: Record, error: Exception | None) -> None:
+        self.outstanding_records -= 1
+        self.outstanding_messages -= record.messages
+        self.outstanding_bytes -= record.size
+        if error is None:
+            self._sent += 1
+            self._sent_messages += record.messages
+        else:
+            self._failed += 1
+
+    def _look_for_room(self) -> None:
+        if not self.full:
+            return
+        records, size = self.outstanding_records, self.outstanding_bytes
+        self.hard_full = records >= 2 * self._window_records or size >= 2 * self._window_bytes
+        self.full = records >= self._window_records or size >= self._window_bytes
+        if not self.full and self._room_waiters:
+            waiters, self._room_waiters = self._room_waiters, []
+            for waiter in waiters:
+                waiter()
 
 
 class ConsumerBridge:
@@ -117,9 +235,6 @@ class ConsumerBridge:
         the start (after the `on_records` calls with those records).
     """
 
-    positions_known: trio.Event
-    caught_up: trio.Event
-
     def __init__(
         self,
         options: KafkaOptions,
@@ -130,18 +245,82 @@ class ConsumerBridge:
         name: str = "bus",
         on_positions_known: Callable[[], None] = nothing,
         on_caught_up: Callable[[], None] = nothing,
+        open_consumer: Callable[[], ConsumerLike] | None = None,
     ) -> None:
-        """`on_records` is called on the Trio thread with bounded lists (about 128 KiB), per partition in order."""
-        raise NotImplementedError
+        """`on_records` is called on the Trio thread with bounded lists (about 128 KiB), per partition in order;
+        `assignments` are pairs of a topic and "end" or "beginning"; `open_consumer` is for tests."""
+        self.name = name
+        self.positions_known = trio.Event()
+        self.caught_up = trio.Event()
+        self._on_records = on_records
+        self._items: deque[Any] = deque()
+        self._slots = threading.BoundedSemaphore(SLOTS)
+        self._arrived = trio.Event()
+        self._token: trio.lowlevel.TrioToken | None = None
+        if open_consumer is None:
+            from gateways.kafka import workers
+
+            open_consumer = partial(workers.Consumer, options, name)
+        self._poller = Poller(name, open_consumer, cluster, assignments, self._hand_over)
+        self._poller.on_positions_known = partial(self._reached, self.positions_known, on_positions_known)
+        self._poller.on_caught_up = partial(self._reached, self.caught_up, on_caught_up)
+
+    @staticmethod
+    def _reached(event: trio.Event, hook: Callable[[], None]) -> None:
+        event.set()
+        hook()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Own the poller thread until cancelled; `started()` at once, also while Kafka is away."""
-        raise NotImplementedError
+        """Own the poller thread until cancelled; `started()` at once, also while Kafka is away.
+
+        Raises:
+          whatever `on_records` raises.
+        """
+        self._token = trio.lowlevel.current_trio_token()
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._own_thread)
+                task_status.started()
+                await self._deliver()
+        finally:
+            self._poller.abort()
+
+    async def _own_thread(self) -> None:
+        await trio.to_thread.run_sync(self._poller.run, abandon_on_cancel=True, limiter=trio.CapacityLimiter(1))
+
+    async def _deliver(self) -> None:
+        while True:
+            while self._items:
+                item = self._items.popleft()
+                self._slots.release()
+                if callable(item):
+                    item()
+                else:
+                    self._on_records(item)
+                await trio.lowlevel.checkpoint()
+            self._arrived = trio.Event()
+            if not self._items:  # what came before the new event was made woke nobody
+                await self._arrived.wait()
+
+    def _hand_over(self, item: Any) -> bool:
+        """Queue `item` for the Trio thread; wait a moment for room (poller's thread)."""
+        if not self._slots.acquire(timeout=0.2):
+            return False
+        self._items.append(item)
+        if self._token is not None:
+            try:
+                self._token.run_sync_soon(self._wake, idempotent=True)
+            except trio.RunFinishedError:
+                self._poller.abort()
+        return True
+
+    def _wake(self) -> None:
+        self._arrived.set()
 
     def lag(self) -> dict[tuple[str, int], int]:
-        """Records per (topic, partition) that Kafka has and the bridge has not, as of the last fetch."""
-        raise NotImplementedError
+        """Return, per (topic, partition), how many records Kafka has that the bridge has not, as of the last fetch."""
+        return self._poller.lag
 
     def counters(self) -> dict[str, int]:
-        """`records_received`, `rebuilds`."""
-        raise NotImplementedError
+        """Return what happened since the start."""
+        return {"records_received": self._poller.received, "rebuilds": self._poller.rebuilds}

@@ -1,13 +1,16 @@
-"""What all bridges of a gateway know together: whether Kafka answers, and facts about its topics."""
+"""What all parts of a gateway know together: whether Kafka answers, and facts about its topics."""
 
 from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable, Sequence
 
 import attrs
 
 log = logging.getLogger("gateways.kafka")
+
+DEFAULT_MAX_MESSAGE_BYTES = 1_048_588
 
 
 @attrs.frozen(kw_only=True)
@@ -15,23 +18,34 @@ class TopicFacts:
     """What the cluster says about a topic."""
 
     partitions: int
-    max_message_bytes: int = 1_048_588
+    max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES
     """Topic property max.message.bytes: the largest batch of records after compression."""
 
 
 class Cluster:
-    """Shared by the threads of one gateway: says once that Kafka went away and once that it is back.
+    """Shared by the threads of one gateway; everything may be called from any thread.
 
-    Each part of the gateway reports by its own name; Kafka counts as away while any of them says so.
+    It says once that Kafka went away and once that it is back: each part of the gateway reports by its own name, and
+    Kafka counts as away while any of them says so.
+
+    Attributes:
+      outages: how often Kafka went away.
     """
 
-    def __init__(self, servers: str) -> None:
-        """`servers` stands in the messages."""
-        self._servers = servers
+    def __init__(self, servers: Sequence[str], probe: Callable[[Sequence[str]], str | None] | None = None) -> None:
+        """`servers` stand in the messages; `probe` tells why none of them takes a connection, None if one does."""
+        self.servers = list(servers)
+        self.outages = 0
+        self._probe = probe
         self._lock = threading.Lock()
         self._away: dict[str, str] = {}
         self._topics: dict[str, TopicFacts] = {}
-        self.outages = 0
+        self._wanted: set[str] = set()
+        self._listeners: list[Callable[[], None]] = []
+
+    def probe(self) -> str | None:
+        """Return why no server takes a connection, None when one does. Blocks: not on the Trio thread."""
+        return self._probe(self.servers) if self._probe is not None else None
 
     @property
     def is_away(self) -> bool:
@@ -39,27 +53,66 @@ class Cluster:
         return bool(self._away)
 
     def away(self, part: str, reason: str) -> None:
-        """`part` cannot reach Kafka. Any thread; repeated calls log nothing."""
+        """`part` cannot work with Kafka. Repeated calls log nothing."""
         with self._lock:
             first = not self._away
-            self._away[part] = reason
+            self._away.setdefault(part, reason)
             self.outages += first
         if first:
-            log.warning("Kafka at %s is away (%s: %s); MQTT goes on, retrying until it is back", self._servers, part, reason)
+            servers = ", ".join(self.servers)
+            log.warning("Kafka at %s is away for %s: %s. MQTT goes on; trying until it is back", servers, part, reason)
+        self._tell()
 
     def back(self, part: str) -> None:
-        """`part` reached Kafka. Any thread; cheap when it was never away."""
+        """`part` works with Kafka; cheap when it always did."""
         if part not in self._away:
             return
         with self._lock:
             last = self._away.pop(part, None) is not None and not self._away
         if last:
-            log.info("Kafka at %s is back", self._servers)
+            log.warning("Kafka at %s is back", ", ".join(self.servers))
+        self._tell()
 
     def know(self, topic: str, facts: TopicFacts) -> None:
-        """Remember what the cluster says about `topic`. Any thread."""
-        self._topics[topic] = facts
+        """Remember what the cluster says about `topic`."""
+        with self._lock:
+            self._topics[topic] = facts
+            self._wanted.discard(topic)
+        self._tell()
 
     def facts(self, topic: str) -> TopicFacts | None:
-        """Return what is known about `topic`, None before Kafka was asked (it may be away). Any thread."""
+        """Return what is known about `topic`; None: Kafka could not be asked yet, or has no such topic."""
         return self._topics.get(topic)
+
+    def want(self, topic: str) -> None:
+        """Somebody waits for facts about `topic`."""
+        with self._lock:
+            self._wanted.add(topic)
+        self._tell()
+
+    def forget(self, topic: str) -> None:
+        """What is known about `topic` is wrong; whoever keeps topics shall look again."""
+        with self._lock:
+            self._topics.pop(topic, None)
+            self._wanted.add(topic)
+        self._tell()
+
+    @property
+    def wanted(self) -> frozenset[str]:
+        """Topics that somebody waits for."""
+        with self._lock:
+            return frozenset(self._wanted)
+
+    def listen(self, listener: Callable[[], None]) -> None:
+        """Call `listener` after every change, in the thread that made it; it must not block."""
+        with self._lock:
+            self._listeners = [*self._listeners, listener]
+
+    def unlisten(self, listener: Callable[[], None]) -> None:
+        """Undo `listen`."""
+        with self._lock:
+            self._listeners = [known for known in self._listeners if known != listener]
+
+    def _tell(self) -> None:
+        for listener in self._listeners:
+            listener()

@@ -51,9 +51,7 @@ class BusOptions:
 class SecurityOptions:
     """[Kafka.Security]"""
 
-    protocol: str = attrs.field(
-        default="PLAINTEXT", validator=in_(("PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"))
-    )
+    protocol: str = attrs.field(default="PLAINTEXT", validator=in_(("PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL")))
     sasl_mechanism: str | None = attrs.field(
         default=None,
         validator=optional(in_(("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "OAUTHBEARER", "GSSAPI"))),
@@ -162,3 +160,9 @@ class KafkaOptions:
     def bus_topic(self) -> str:
         """Name of the bus topic."""
         return self.topics.bus.name or self.bus.topic
+
+    @property
+    def effective_delivery_timeout(self) -> float:
+        """`delivery_timeout`, or what [Kafka.Producer] says about it in Kafka's own words."""
+        milliseconds = self.producer.get("delivery_timeout_ms", self.producer.get("delivery.timeout.ms"))
+        return self.delivery_timeout if milliseconds is None else float(milliseconds) / 1000

@@ -33,8 +33,12 @@ class Record:
     """Bytes that the record counts for in windows and against max.message.bytes (set by `ProducerBridge.offer`)."""
     offered_at: float = attrs.field(init=False, default=0.0)
     """`time.monotonic()` of the offer."""
+    sent_at: float = attrs.field(init=False, default=0.0)
+    """`time.monotonic()` when the present producer got it."""
     settled: bool = attrs.field(init=False, default=False)
     """Its outcome is known; written by the Kafka threads."""
+    finished: bool = attrs.field(init=False, default=False)
+    """Its outcome was handed out; written by the Trio thread."""
     suspect: bool = attrs.field(init=False, default=False)
     """A batch with it was refused for the fault of one record: it is sent alone, to see whether it was this one."""
 

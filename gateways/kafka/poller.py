@@ -1,0 +1,253 @@
+"""The thread that reads topics as a whole: all partitions by manual assignment, no group, no commits.
+
+Positions live here, so a consumer that fails or stalls is replaced by one that goes on at the same offsets.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final, Literal, Protocol, TypeAlias
+
+from gateways.kafka.cluster import Cluster
+from gateways.kafka.records import ConsumedRecord
+
+log = logging.getLogger("gateways.kafka")
+
+From: TypeAlias = Literal["end", "beginning"]
+Assignment: TypeAlias = tuple[str, From]
+Partition: TypeAlias = tuple[str, int]
+Item: TypeAlias = list[ConsumedRecord] | Callable[[], None]
+
+CHUNK_BYTES: Final = 128 * 1024
+CHUNK_RECORDS: Final = 256
+"""What the Trio thread handles before other tasks get their turn."""
+POLL_TIMEOUT: Final = 0.2
+LOOK_INTERVAL: Final = 1.0
+GROWTH_INTERVAL: Final = 15.0
+STALL_TIMEOUT: Final = 30.0
+"""Seconds without a record although Kafka has some, after which the consumer is replaced."""
+FIRST_BACKOFF: Final = 0.1
+LONGEST_BACKOFF: Final = 5.0
+
+
+class ConsumerLike(Protocol):
+    """What the poller needs of `workers.Consumer`."""
+
+    def partitions(self, topic: str) -> list[int]: ...
+    def first_offsets(self, partitions: Sequence[Partition]) -> Mapping[Partition, int]: ...
+    def end_offsets(self, partitions: Sequence[Partition]) -> Mapping[Partition, int]: ...
+    def assign(self, offsets: Mapping[Partition, int]) -> None: ...
+    def poll(self, timeout: float) -> list[ConsumedRecord]: ...
+    def position(self, partition: Partition) -> int: ...
+    def highwater(self, partition: Partition) -> int | None: ...
+    @property
+    def connected(self) -> bool: ...
+    def close(self) -> None: ...
+
+
+class Ended(Exception):
+    """The poller was told to end."""
+
+
+class UnknownTopicError(Exception):
+    """A topic does not exist, or not yet."""
+
+
+class StalledError(Exception):
+    """The consumer does not read what there is."""
+
+
+class Poller:
+    """Everything here runs in the poller's thread but `abort`.
+
+    Attributes:
+      lag: records per partition that Kafka has and `hand_over` has not got, as of the last look.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        open_consumer: Callable[[], ConsumerLike],
+        cluster: Cluster,
+        assignments: Sequence[Assignment],
+        hand_over: Callable[[Item], bool],
+    ) -> None:
+        """`hand_over` waits a moment for room and returns whether there was some."""
+        self.name = name
+        self.lag: dict[Partition, int] = {}
+        self.received = 0
+        self.rebuilds = 0
+        self.on_positions_known: Callable[[], None] | None = None
+        self.on_caught_up: Callable[[], None] | None = None
+        self._open_consumer = open_consumer
+        self._cluster = cluster
+        self._assignments = dict(assignments)
+        self._hand_over = hand_over
+        self._next: dict[Partition, int] = {}
+        self._targets: dict[Partition, int] | None = None
+        """Where the partitions that are read from the beginning ended at the start; those not reached yet."""
+        self._halt = threading.Event()
+        self._backoff = FIRST_BACKOFF
+        self._away = False
+        self._progress_at = 0.0
+        self._next_look = self._next_growth = 0.0
+
+    def abort(self) -> None:
+        """End soon. Any thread."""
+        self._halt.set()
+
+    def run(self) -> None:
+        """Serve until told to end."""
+        while not self._halt.is_set():
+            consumer: ConsumerLike | None = None
+            try:
+                consumer = self._open_consumer()
+                self._read(consumer)
+            except Ended:
+                return
+            except UnknownTopicError as exc:
+                log.debug("Kafka consumer %s waits: %s", self.name, exc)
+            except Exception as exc:
+                self._report(exc, opened=consumer is not None)
+            finally:
+                if consumer is not None:
+                    consumer.close()
+            self._halt.wait(self._backoff)
+            self._backoff = min(self._backoff * 2, LONGEST_BACKOFF)
+
+    def _report(self, exc: Exception, *, opened: bool) -> None:
+        text = " ".join(f"{type(exc).__name__}: {exc}".split())
+        self.rebuilds += opened
+        reason = self._cluster.probe()
+        if reason is None and opened and not self._away:
+            log.warning("Kafka consumer %s is replaced: %s", self.name, text)
+        if not opened or reason is not None:
+            self._away = True
+            self._cluster.away(self.name, reason or text)
+
+    def _read(self, consumer: ConsumerLike) -> None:
+        self._assign(consumer)
+        self._away = False
+        self._cluster.back(self.name)
+        if self._targets is None:
+            self._know_positions(consumer)
+        self._progress_at = time.monotonic()
+        self._next_growth = self._progress_at + GROWTH_INTERVAL
+        while True:
+            records = consumer.poll(POLL_TIMEOUT)
+            if self._halt.is_set():
+                raise Ended
+            if records:
+                self._backoff = FIRST_BACKOFF
+                self._pass_on(records)
+                self._progress_at = time.monotonic()
+            if self._targets:
+                self._look_for_targets(consumer)
+            if time.monotonic() >= self._next_look:
+                self._look_after(consumer)
+
+    # Positions
+
+    def _assign(self, consumer: ConsumerLike) -> None:
+        """Assign all partitions, each at its next offset."""
+        new: dict[Partition, From] = {}
+        for topic, start in self._assignments.items():
+            partitions = consumer.partitions(topic)
+            if not partitions:
+                self._cluster.want(topic)
+                raise UnknownTopicError(f"there is no topic {topic}")
+            grown = any(known == topic for known, _ in self._next)  # its other partitions were read before
+            for number in partitions:
+                if (topic, number) not in self._next:
+                    new[topic, number] = "beginning" if grown else start
+        if at_end := [p for p, start in new.items() if start == "end"]:
+            self._next.update(consumer.end_offsets(at_end))
+        if at_beginning := [p for p, start in new.items() if start == "beginning"]:
+            self._next.update(consumer.first_offsets(at_beginning))
+        consumer.assign(self._next)
+
+    def _know_positions(self, consumer: ConsumerLike) -> None:
+        """Once: tell that nothing will be missed from now on, and how far there is to read."""
+        history = [p for p in self._next if self._assignments[p[0]] == "beginning"]
+        ends = consumer.end_offsets(history) if history else {}
+        self._targets = {p: end for p, end in ends.items() if end > self._next[p]}
+        if self.on_positions_known is not None:
+            self._give(self.on_positions_known)
+        if not self._targets and self.on_caught_up is not None:
+            self._give(self.on_caught_up)
+
+    def _look_for_targets(self, consumer: ConsumerLike) -> None:
+        assert self._targets is not None
+        for partition in [p for p, end in self._targets.items() if self._reached(consumer, p, end)]:
+            del self._targets[partition]
+        if not self._targets and self.on_caught_up is not None:
+            self._give(self.on_caught_up)
+
+    def _reached(self, consumer: ConsumerLike, partition: Partition, end: int) -> bool:
+        # A compacted log may end in markers that are no records: then only the consumer knows that it passed them.
+        return self._next[partition] >= end or consumer.position(partition) >= end
+
+    # Records
+
+    def _pass_on(self, records: list[ConsumedRecord]) -> None:
+        """Hand records over in lists of bounded size; an offset counts as read once its list is handed over."""
+        start = size = 0
+        for number, record in enumerate(records):
+            size += len(record.value or b"")
+            if size >= CHUNK_BYTES or number - start >= CHUNK_RECORDS:
+                self._give_records(records[start : number + 1])
+                start, size = number + 1, 0
+        if start < len(records):
+            self._give_records(records[start:])
+
+    def _give_records(self, records: list[ConsumedRecord]) -> None:
+        self._give(records)
+        self.received += len(records)
+        for record in records:
+            self._next[record.topic, record.partition] = record.offset + 1
+
+    def _give(self, item: Item) -> None:
+        while not self._hand_over(item):
+            if self._halt.is_set():
+                raise Ended
+        self._progress_at = time.monotonic()
+
+    # Supervision
+
+    def _look_after(self, consumer: ConsumerLike) -> None:
+        """See whether the connection stands, whether records come, whether topics have grown."""
+        now = time.monotonic()
+        self._next_look = now + LOOK_INTERVAL
+        lag = {}
+        for partition, position in self._next.items():
+            end = consumer.highwater(partition)
+            lag[partition] = max(0, end - position) if end is not None else 0
+        self.lag = lag
+        if not consumer.connected:
+            self._find_out()
+        elif self._away:
+            self._away = False
+            self._cluster.back(self.name)
+        if now - self._progress_at > STALL_TIMEOUT and any(
+            count and consumer.position(p) <= self._next[p] for p, count in lag.items()
+        ):
+            raise StalledError(f"no record for {STALL_TIMEOUT:.0f} s although there are {sum(lag.values())}")
+        if now >= self._next_growth:
+            self._next_growth = now + GROWTH_INTERVAL
+            self._look_for_growth(consumer)
+
+    def _find_out(self) -> None:
+        """No connection stands: that is normal for a moment (an idle one was closed), so ask the servers."""
+        if not self._away and (reason := self._cluster.probe()) is not None:
+            self._away = True
+            self._cluster.away(self.name, reason)
+
+    def _look_for_growth(self, consumer: ConsumerLike) -> None:
+        for topic in self._assignments:
+            if any((topic, number) not in self._next for number in consumer.partitions(topic)):
+                log.info("Kafka topic %s has grown to %d partitions", topic, len(consumer.partitions(topic)))
+                self._assign(consumer)
+                return

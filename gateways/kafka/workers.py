@@ -1,0 +1,370 @@
+"""The blocking half: every call of kafka-python is here, and this is the only module that imports it.
+
+Nothing here runs on the Trio thread. What kafka-python does and does not do stands in docs/kafka.md; the shape of this
+module follows from it: clients never create topics, failed constructors leak nothing, a producer can be broken off.
+"""
+
+from __future__ import annotations
+
+import gzip
+import logging
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from typing import Any, Final
+
+import attrs
+import kafka.errors as kafka_errors
+import lz4.frame
+from kafka import KafkaConsumer, KafkaProducer, TopicPartition
+from kafka.admin import ConfigResource, ConfigResourceType, KafkaAdminClient
+from kafka.net.compat import KafkaNetClient
+
+from gateways.kafka.options import KafkaOptions
+from gateways.kafka.records import ConsumedRecord, Record
+from mqtt_trio.errors import ConfigError
+
+BOOTSTRAP_TIMEOUT_MS: Final = 3000
+ADMIN_TIMEOUT_MS: Final = 10_000
+OFFSETS_TIMEOUT_MS: Final = 5000
+PROBE_TIMEOUT: Final = 1.0
+MAX_REQUEST_SIZE: Final = 8 * 1024 * 1024
+NEVER_MS: Final = 24 * 3600 * 1000
+"""kafka-python shall not expire batches one by one: a later batch could overtake. `Feeder` gives up on a producer as a
+whole instead, after `KafkaOptions.delivery_timeout`."""
+
+FAULT_OF_ONE_RECORD: Final = (
+    kafka_errors.MessageSizeTooLargeError,
+    kafka_errors.RecordListTooLargeError,
+    kafka_errors.InvalidRecordError,
+    kafka_errors.InvalidTimestampError,
+)
+RETRIABLE: Final = (kafka_errors.RetriableError, kafka_errors.KafkaTimeoutError)
+OWNED: Final = frozenset(
+    {
+        "bootstrap_servers", "kafka_client", "key_serializer", "value_serializer", "key_deserializer",
+        "value_deserializer", "transactional_id", "partitioner", "security_protocol", "ssl_context", "group_id",
+        "enable_auto_commit", "auto_offset_reset", "allow_auto_create_topics", "selector", "sasl_plain_password",
+    }
+)  # fmt: skip
+"""Client options that the gateway sets, or that would break what it promises."""
+
+
+def quiet_loggers() -> None:
+    """Keep kafka-python's own loggers silent unless somebody set their level: they log each retry, and the gateway says
+    what matters once."""
+    logger = logging.getLogger("kafka")
+    if logger.level == logging.NOTSET:
+        logger.setLevel(logging.CRITICAL)
+
+
+def is_fault_of_record(error: BaseException) -> bool:
+    """Tell whether Kafka refused one record for what it is, so that no repetition can help."""
+    return isinstance(error, FAULT_OF_ONE_RECORD)
+
+
+def is_retriable(error: BaseException) -> bool:
+    """Tell whether the same call may succeed later."""
+    return isinstance(error, RETRIABLE)
+
+
+def normal_keys(table: Mapping[str, Any]) -> dict[str, Any]:
+    """Return client options under kafka-python's names: `linger.ms` means `linger_ms`."""
+    return {name.replace(".", "_"): value for name, value in table.items()}
+
+
+def check_client_options(options: KafkaOptions) -> None:
+    """Compare [Kafka.Producer] and [Kafka.Consumer] with what kafka-python knows.
+
+    Raises:
+      ConfigError: with one line for each option that is unknown or not free to set.
+    """
+    problems = []
+    for section, table, known in (
+        ("Producer", options.producer, KafkaProducer.DEFAULT_CONFIG),
+        ("Consumer", options.consumer, KafkaConsumer.DEFAULT_CONFIG),
+    ):
+        for name in normal_keys(table):
+            if name in OWNED:
+                problems.append(f"Kafka.{section}.{name}: set by the gateway itself")
+            elif name not in known:
+                problems.append(f"Kafka.{section}.{name}: kafka-python has no such option")
+    if problems:
+        raise ConfigError(problems)
+
+
+def probe(servers: Sequence[str]) -> str | None:
+    """Return why no server of `servers` takes a TCP connection, or None when one does. Takes a second a server."""
+    reasons = []
+    for server in servers:
+        host, port = split_server(server)
+        try:
+            with socket.create_connection((host, port), PROBE_TIMEOUT):
+                return None
+        except socket.gaierror:
+            reasons.append(f"the host name {host!r} is unknown")
+        except ConnectionRefusedError:
+            reasons.append(f"{server} refuses connections")
+        except TimeoutError:
+            reasons.append(f"{server} does not answer")
+        except (OSError, UnicodeError) as exc:
+            reasons.append(f"{server}: {exc}")
+    return ", ".join(reasons)
+
+
+def split_server(server: str) -> tuple[str, int]:
+    """Return host and port of `host`, `host:port` or `[ipv6]:port`."""
+    host, colon, port = server.rpartition(":")
+    if not colon or server.endswith("]"):
+        host, port = server, "9092"
+    return host.strip("[]"), int(port)
+
+
+@contextmanager
+def leak_safe() -> Iterator[Callable[..., KafkaNetClient]]:
+    """Give out a `kafka_client` factory whose clients never create topics; they are closed when the body fails, because
+    the constructors of KafkaConsumer and KafkaAdminClient leave a thread and four descriptors behind then."""
+    made: list[KafkaNetClient] = []
+
+    def make(**config: Any) -> KafkaNetClient:
+        client = KafkaNetClient(**config)
+        client.cluster.config["allow_auto_create_topics"] = False  # the constructor's option of that name does nothing
+        made.append(client)
+        return client
+
+    try:
+        yield make
+    except BaseException:
+        for client in made:
+            with suppress(Exception):
+                client.close()
+        raise
+
+
+def is_connected(client: Any) -> bool:
+    """Tell whether a client has a connection to any broker. Any thread."""
+    return any(connection.connected for connection in tuple(client._manager._conns.values()))
+
+
+def common_config(options: KafkaOptions, name: str) -> dict[str, Any]:
+    """Return what all clients share; `name` ends the client id."""
+    return {
+        "bootstrap_servers": options.server_names,
+        "client_id": f"mqtt-trio-{name}",
+        "bootstrap_timeout_ms": BOOTSTRAP_TIMEOUT_MS,
+        "reconnect_backoff_max_ms": 1000,
+        "metadata_max_age_ms": 30_000,
+        "request_timeout_ms": 10_000,
+    }
+
+
+class Producer:
+    """A KafkaProducer as the feeder uses it."""
+
+    def __init__(self, options: KafkaOptions, name: str, compression: str | None, linger_ms: int) -> None:
+        """Connect. Blocks for three seconds at most.
+
+        Raises:
+          kafka.errors.KafkaError: no broker answers, or does not let us in.
+        """
+        config = common_config(options, name) | {
+            "acks": "all",
+            "linger_ms": linger_ms,
+            "batch_size": 256 * 1024,
+            "max_request_size": MAX_REQUEST_SIZE,
+            "max_block_ms": 1500,
+            "compression_type": compression,
+        }
+        if options.profile == "compat" and name != "bus":
+            config |= {"acks": 1, "enable_idempotence": False}
+        config |= normal_keys(options.producer)
+        config["delivery_timeout_ms"] = NEVER_MS
+        with leak_safe() as make_client:
+            self._producer = KafkaProducer(kafka_client=make_client, **config)
+        self._compression = config["compression_type"]
+        self._max_request_size: int = config["max_request_size"]
+
+    def send(
+        self, record: Record, partition: int, done: Callable[[Record, Any], None], failed: Callable[[Record, Any], None]
+    ) -> None:
+        """Hand `record` over; `done(record, _)` or `failed(record, exception)` follow in kafka-python's thread."""
+        future = self._producer.send(
+            record.topic, record.value, record.key, list(record.headers), partition, record.timestamp_ms
+        )
+        future.add_callback(partial(done, record))
+        future.add_errback(partial(failed, record))
+
+    def too_large(self, record: Record, limit: int) -> bool:
+        """Tell whether `record` alone makes a batch of more than `limit` bytes once it is compressed."""
+        if record.size > self._max_request_size:
+            return True
+        if record.size <= limit:
+            return False
+        body = (record.key or b"") + (record.value or b"")
+        if self._compression == "gzip":
+            size = len(gzip.compress(body, 6))
+        elif self._compression == "lz4":
+            size = len(lz4.frame.compress(body))
+        else:
+            return True
+        return size + record.size - len(body) > limit
+
+    def break_off(self) -> None:
+        """Let nothing more leave; whatever is not confirmed fails. Any thread, kafka-python's too; does not block."""
+        self._producer._sender.force_close()
+
+    def close(self, wait: float) -> None:
+        """End the producer by force; blocks for `wait` seconds at most. All outcomes are known then."""
+        self.break_off()
+        self._producer._sender.join(wait)
+        with suppress(Exception):
+            self._producer.close(0)  # takes back its atexit hook; its thread is gone already
+
+
+class Consumer:
+    """A KafkaConsumer without a group as the poller uses it."""
+
+    def __init__(self, options: KafkaOptions, name: str) -> None:
+        """Connect. Blocks for three seconds at most.
+
+        Raises:
+          kafka.errors.KafkaError: no broker answers, or does not let us in.
+        """
+        config = common_config(options, name) | {
+            "fetch_max_bytes": 64 * 1024 * 1024,
+            "max_partition_fetch_bytes": 4 * 1024 * 1024,
+            "max_poll_records": 1000,
+        }
+        config |= normal_keys(options.consumer)
+        with leak_safe() as make_client:
+            self._consumer = KafkaConsumer(
+                kafka_client=make_client,
+                group_id=None,
+                enable_auto_commit=False,
+                auto_offset_reset="earliest",  # only used when the log was cut off above our own position
+                **config,
+            )
+
+    def partitions(self, topic: str) -> list[int]:
+        """Return the partitions of `topic` as the client knows them; none when there is no such topic."""
+        return sorted(self._consumer.partitions_for_topic(topic))
+
+    def first_offsets(self, partitions: Sequence[tuple[str, int]]) -> dict[tuple[str, int], int]:
+        """Return the offset of the oldest record of each partition."""
+        found = self._consumer.beginning_offsets([TopicPartition(*p) for p in partitions], OFFSETS_TIMEOUT_MS)
+        return {(p.topic, p.partition): offset for p, offset in found.items()}
+
+    def end_offsets(self, partitions: Sequence[tuple[str, int]]) -> dict[tuple[str, int], int]:
+        """Return the offset of the next record of each partition."""
+        found = self._consumer.end_offsets([TopicPartition(*p) for p in partitions], OFFSETS_TIMEOUT_MS)
+        return {(p.topic, p.partition): offset for p, offset in found.items()}
+
+    def assign(self, offsets: Mapping[tuple[str, int], int]) -> None:
+        """Read these partitions, and no others, from these offsets."""
+        partitions = {TopicPartition(*p): offset for p, offset in offsets.items()}
+        self._consumer.assign(list(partitions))
+        for p, offset in partitions.items():
+            self._consumer.seek(p, offset)
+
+    def poll(self, timeout: float) -> list[ConsumedRecord]:
+        """Return what has come, in order per partition; waits for at most `timeout` seconds."""
+        return [
+            ConsumedRecord(r.topic, r.partition, r.offset, r.key, r.value, r.headers, r.timestamp)
+            for records in self._consumer.poll(timeout_ms=int(timeout * 1000)).values()
+            for r in records
+        ]
+
+    def position(self, partition: tuple[str, int]) -> int:
+        """Return the offset of the next record to be polled; above the last record's where markers follow it."""
+        return int(self._consumer.position(TopicPartition(*partition), OFFSETS_TIMEOUT_MS) or 0)
+
+    def highwater(self, partition: tuple[str, int]) -> int | None:
+        """Return the end of the partition as of the last fetch."""
+        found: int | None = self._consumer.highwater(TopicPartition(*partition))
+        return found
+
+    @property
+    def connected(self) -> bool:
+        """A connection to some broker stands."""
+        return is_connected(self._consumer._client)
+
+    def close(self) -> None:
+        """Close; blocks for two seconds at most."""
+        with suppress(Exception):
+            self._consumer.close(autocommit=False, timeout_ms=2000)
+
+
+@attrs.frozen(kw_only=True)
+class TopicState:
+    """A topic as it stands in the cluster."""
+
+    partitions: int
+    replication_factor: int
+    leaders: bool
+    """Each partition has a leader."""
+    config: Mapping[str, str]
+    """Effective properties; empty when we may not see them."""
+
+
+class Admin:
+    """A KafkaAdminClient as the topic manager uses it."""
+
+    def __init__(self, options: KafkaOptions) -> None:
+        """Connect. Blocks for three seconds at most.
+
+        Raises:
+          kafka.errors.KafkaError: no broker answers, or does not let us in.
+        """
+        config = common_config(options, "admin")
+        with leak_safe() as make_client:
+            self._admin = KafkaAdminClient(kafka_client=make_client, **config)
+
+    def broker_count(self) -> int:
+        """Return how many brokers are alive."""
+        return len(self._admin.describe_cluster()["brokers"])
+
+    def describe(self, names: Sequence[str]) -> dict[str, TopicState]:
+        """Return those of the topics that exist and that we may see."""
+        found = {}
+        for topic in self._admin.describe_topics(list(names)):
+            if topic["error_code"] == 0 and topic["partitions"]:
+                found[topic["name"]] = topic["partitions"]
+        config = self._config_of(list(found))
+        return {
+            name: TopicState(
+                partitions=len(partitions),
+                replication_factor=len(partitions[0]["replica_nodes"]),
+                leaders=all(p["leader_id"] >= 0 for p in partitions),
+                config=config.get(name, {}),
+            )
+            for name, partitions in found.items()
+        }
+
+    def _config_of(self, names: list[str]) -> dict[str, dict[str, str]]:
+        if not names:
+            return {}
+        resources = [ConfigResource(ConfigResourceType.TOPIC, name) for name in names]
+        answer = self._admin.describe_configs(resources, config_filter="all").get("topic", {})
+        return {name: {key: str(facts["value"]) for key, facts in table.items()} for name, table in answer.items()}
+
+    def create(self, name: str, partitions: int, replication_factor: int, config: Mapping[str, str]) -> str | None:
+        """Create a topic; one that exists is fine.
+
+        Returns:
+          None; or why not: `denied`, or the broker's words.
+        """
+        facts = {"num_partitions": partitions, "replication_factor": replication_factor, "configs": dict(config)}
+        answer = self._admin.create_topics({name: facts}, timeout_ms=ADMIN_TIMEOUT_MS, raise_errors=False)
+        error: type[kafka_errors.KafkaError] = kafka_errors.for_code(answer["topics"][0]["error_code"])
+        if error in (kafka_errors.NoError, kafka_errors.TopicAlreadyExistsError):
+            return None
+        if error in (kafka_errors.TopicAuthorizationFailedError, kafka_errors.ClusterAuthorizationFailedError):
+            return "denied"
+        text = answer["topics"][0].get("error_message")
+        return f"{error.__name__}: {text}" if text else error.__name__
+
+    def close(self) -> None:
+        """Close the client and its thread."""
+        with suppress(Exception):
+            self._admin.close()
