@@ -1,0 +1,136 @@
+"""scripts/kafka and the fixtures on top of it: a node answers, survives kill -9 with its data, and ends."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.kafka_support import SCRIPT, KafkaNode, run_node, unique_name
+
+LOOPBACK = "127.0.0.1"
+
+
+def call(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **environment},
+    )
+
+
+@pytest.mark.kafka
+def test_records_survive_a_crash_of_the_node(own_kafka: KafkaNode) -> None:
+    kafka = pytest.importorskip("kafka")
+    topic, port = unique_name("crash"), own_kafka.port
+    admin = kafka.KafkaAdminClient(bootstrap_servers=own_kafka.servers)
+    admin.create_topics({topic: {"num_partitions": 1, "replication_factor": 1}})
+    admin.close()
+    producer = kafka.KafkaProducer(bootstrap_servers=own_kafka.servers)
+    producer.send(topic, b"before", partition=0).get(10)
+    producer.close(5)
+
+    own_kafka.kill()
+    assert own_kafka.pid is None
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection((LOOPBACK, port), 1)
+
+    own_kafka.start()
+    assert own_kafka.port == port
+    consumer = kafka.KafkaConsumer(bootstrap_servers=own_kafka.servers, auto_offset_reset="earliest")
+    partition = kafka.TopicPartition(topic, 0)
+    consumer.assign([partition])
+    records = consumer.poll(timeout_ms=10_000)
+    consumer.close()
+    assert [record.value for record in records[partition]] == [b"before"]
+
+
+@pytest.mark.kafka
+def test_topics_are_never_created_by_asking_for_them(kafka: KafkaNode) -> None:
+    client = pytest.importorskip("kafka")
+    producer = client.KafkaProducer(bootstrap_servers=kafka.servers, max_block_ms=500)
+    with pytest.raises(client.errors.KafkaTimeoutError):
+        producer.send(unique_name("nowhere"), b"x").get(5)
+    producer.close(5)
+
+
+@pytest.mark.kafka
+def test_a_failing_test_leaves_no_node_behind(tmp_path: Path) -> None:
+    fixture = run_node(tmp_path, "failing")
+    node = next(fixture)
+    pid = node.pid
+    assert pid is not None
+    with pytest.raises(ZeroDivisionError):
+        fixture.throw(ZeroDivisionError())  # type: ignore[attr-defined]  # a generator, typed as an iterator
+    assert not Path(f"/proc/{pid}").exists() or " Z " in Path(f"/proc/{pid}/stat").read_text()
+
+
+@pytest.mark.kafka
+def test_starting_twice_is_one_node_and_fresh_forgets_its_data(tmp_path: Path) -> None:
+    where = ("--dir", str(tmp_path), "--name", "twice")
+    try:
+        first = call("start", "--port", "0", *where)
+        second = call("start", "--port", "0", *where)
+        (tmp_path / "twice" / "data" / "marker").touch()
+        pid = first.stdout.partition("(pid ")[2].split(",")[0]
+        assert f"already answers (pid {pid}," in second.stdout
+        assert call("status", *where).returncode == 0
+
+        fresh = call("start", "--port", "0", "--fresh", *where)
+        assert fresh.returncode == 0
+        assert f"(pid {pid}," not in fresh.stdout
+        assert not (tmp_path / "twice" / "data" / "marker").exists()
+    finally:
+        stopped = call("stop", *where)
+    assert "its data stay" in stopped.stdout
+    assert call("status", *where).returncode == 1
+
+
+@pytest.mark.kafka
+def test_a_port_in_use_is_one_clear_line(tmp_path: Path) -> None:
+    with socket.create_server((LOOPBACK, 0)) as server:
+        port = server.getsockname()[1]
+        result = call("start", "--port", str(port), "--dir", str(tmp_path), "--name", "busy")
+    assert result.returncode == 1
+    assert result.stderr == f"scripts/kafka: port {port} of {LOOPBACK} is in use by another program\n"
+
+
+def test_without_java_or_maven_the_message_says_what_to_install(tmp_path: Path) -> None:
+    nothing, only_java = tmp_path / "nothing", tmp_path / "java"
+    nothing.mkdir()
+    only_java.mkdir()
+    fake = only_java / "java"
+    fake.write_text("#!/bin/sh\necho 'openjdk version \"17.0.1\"' >&2\n")
+    fake.chmod(0o755)
+    where = ("--dir", str(tmp_path / "nodes"), "--name", "none")
+    environment = {"JAVA_HOME": "", "XDG_CACHE_HOME": str(tmp_path / "cache")}
+
+    no_java = call("start", *where, PATH=str(nothing), **environment)
+    assert (no_java.returncode, no_java.stderr.count("\n")) == (1, 1)
+    assert "install a JRE 17" in no_java.stderr
+
+    no_maven = call("start", *where, PATH=str(only_java), **environment)
+    assert (no_maven.returncode, no_maven.stderr.count("\n")) == (1, 1)
+    assert "install Maven" in no_maven.stderr
+
+
+def test_an_old_java_is_named(tmp_path: Path) -> None:
+    fake = tmp_path / "java"
+    fake.write_text("#!/bin/sh\necho 'openjdk version \"11.0.2\"' >&2\n")
+    fake.chmod(0o755)
+    result = call("start", "--dir", str(tmp_path), "--name", "old", JAVA_HOME="", PATH=str(tmp_path))
+    assert result.returncode == 1
+    assert "Java 17 or newer is needed, found Java 11" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments", [("start", "--port", "0"), ("stop", "--fresh"), ("start", "--name", "../up"), ("restart",)]
+)
+def test_wrong_usage_exits_with_2(arguments: tuple[str, ...]) -> None:
+    assert call(*arguments).returncode == 2
