@@ -16,6 +16,8 @@ from mqtt_trio.broker.tap import Hold as Hold
 from mqtt_trio.broker.tap import Refused as Refused
 from mqtt_trio.broker.tap import Tap as Tap
 from mqtt_trio.broker.tap import TapRoute as TapRoute
+from mqtt_trio.broker.tap import frames_size as frames_size
+from mqtt_trio.broker.tap import read_run as read_run
 from mqtt_trio.protocol.codes import ProtocolVersion as ProtocolVersion
 from mqtt_trio.protocol.codes import ReasonCode as ReasonCode
 from mqtt_trio.protocol.packets import NO_PROPERTIES as NO_PROPERTIES

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import attrs
 
 from mqtt_trio.protocol.packets import NO_PROPERTIES, MessageProperties
+
+MESSAGE_OVERHEAD: Final = 128
+"""Bytes that a message counts for beside its topic and payload."""
 
 
 @attrs.define
@@ -31,4 +36,4 @@ class Message:
     @property
     def size(self) -> int:
         """Bytes that the message counts for in queues: topic, payload and an estimate of everything else."""
-        return len(self.topic_name) + len(self.payload) + 128
+        return len(self.topic_name) + len(self.payload) + MESSAGE_OVERHEAD

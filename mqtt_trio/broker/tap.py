@@ -8,12 +8,19 @@ where it changes. Everything here runs on the Trio thread, inside the hot stretc
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol, TypeAlias
+from typing import Final, Protocol, TypeAlias
 
 import attrs
 
-from mqtt_trio.broker.message import Message
+from mqtt_trio.broker.message import MESSAGE_OVERHEAD, Message
+from mqtt_trio.errors import MalformedPacketError
 from mqtt_trio.protocol.codes import ProtocolVersion, ReasonCode
+from mqtt_trio.protocol.decode import decode_publish
+from mqtt_trio.protocol.packets import NO_PROPERTIES
+from mqtt_trio.protocol.wire import read_header
+
+_NO_TOPIC: Final = b"\x00\x00\x00"
+"""What no PUBLISH in a run begins with: it has a Topic Name."""
 
 
 @attrs.define
@@ -89,3 +96,44 @@ class Tap(Protocol):
 
     def route(self, topic_name: str) -> TapRoute | None:
         """Return where messages of `topic_name` go, or None when this tap does not want them."""
+
+
+def frames_size(run: FrameRun) -> int:
+    """Bytes that the run counts for in windows: its frames, and what each message costs beside them once decoded."""
+    return len(run.frames) + MESSAGE_OVERHEAD * run.count
+
+
+def read_run(run: FrameRun) -> list[Message]:
+    """Decode the frames of a run, in order. A frame that repeats topic and properties of the one before is a slice.
+
+    Raises:
+      RemoteProtocolError: the frames are not what `FrameRun` promises (they came from outside the broker).
+    """
+    frames, size, version = run.frames, len(run.frames), run.protocol_version
+    qos, client_id, published_at = run.qos, run.client_id, run.published_at
+    first, skip = 0x30 | qos << 1, 2 if qos else 0
+    messages: list[Message] = []
+    topic, topic_name = _NO_TOPIC, ""
+    block, properties = (b"\x00" if version >= ProtocolVersion.MQTT_5_0 else b""), NO_PROPERTIES
+    at = 0
+    while at < size:
+        header = read_header(frames, at)
+        if header is None or header[1] > size or frames[at] != first:
+            raise MalformedPacketError(f"byte {at} of a run of frames does not begin a whole PUBLISH of its QoS")
+        body, end = header
+        payload = body + len(topic) + skip
+        if frames.startswith(topic, body) and frames.startswith(block, payload) and payload + len(block) <= end:
+            payload += len(block)
+        else:
+            packet = decode_publish(first & 15, frames, body, end, version)
+            if not packet.topic_name:
+                raise MalformedPacketError("a frame of a run has no Topic Name")
+            payload = end - len(packet.payload)
+            topic_name, properties = packet.topic_name, packet.properties
+            topic_end = body + 2 + (frames[body] << 8 | frames[body + 1])
+            topic, block = frames[body:topic_end], frames[topic_end + skip : payload]
+        messages.append(Message(topic_name, frames[payload:end], qos, False, properties, client_id, published_at))
+        at = end
+    if len(messages) != run.count:
+        raise MalformedPacketError(f"a run of {run.count} frames holds {len(messages)}")
+    return messages
