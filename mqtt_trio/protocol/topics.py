@@ -42,7 +42,9 @@ def validate_topic_filter(topic_filter: str) -> None:
             raise _bad_filter("a share name is followed by / and a Topic Filter")  # [MQTT5-4.8.2-2]
     if not topic_filter:
         raise _bad_filter("a Topic Filter has at least one character")  # [MQTT5-4.7.3-1]
-    if "#" in topic_filter and (topic_filter.find("#") != len(topic_filter) - 1 or topic_filter[-2:] not in ("#", "/#")):
+    if "#" in topic_filter and (
+        topic_filter.find("#") != len(topic_filter) - 1 or topic_filter[-2:] not in ("#", "/#")
+    ):
         raise _bad_filter("# is the whole last level or absent")  # [MQTT5-4.7.1-1]
     if "+" in topic_filter and any("+" in level and level != "+" for level in topic_filter.split("/")):
         raise _bad_filter("+ is a whole level")  # [MQTT5-4.7.1-2]
