@@ -50,7 +50,7 @@ class Metrics:
     packets_received: int = 0
     """MQTT Control Packets handled."""
     packets_sent: int = 0
-    """MQTT Control Packets put into outboxes."""
+    """Answers and other MQTT Control Packets put into outboxes; PUBLISH is counted as `messages_sent_*`."""
     messages_received_qos0: int = 0
     messages_received_qos1: int = 0
     messages_received_qos2: int = 0
@@ -72,8 +72,6 @@ class Metrics:
     """QoS 0 messages that a client did not get because its outbox was full."""
     dropped_queue_full: int = 0
     """QoS 1 and 2 messages that a session did not get, or lost again, because its queue was full."""
-    dropped_offline: int = 0
-    """QoS 0 messages that a session did not get because its client is away."""
     dropped_expired: int = 0
     """Messages whose Message Expiry Interval passed in a queue, an outbox or the retained store."""
     dropped_too_large: int = 0

@@ -1,0 +1,349 @@
+"""The broker: what each packet of a connected client does. Synchronous from the packet to the end of the fan-out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Final
+
+from mqtt_trio.broker.access import AllowAnyone, AllowEverything, Authenticator, Authorizer, Principal
+from mqtt_trio.broker.audience import Audience, make_audience, merge_members
+from mqtt_trio.broker.connections import Connections
+from mqtt_trio.broker.delivery import Sender
+from mqtt_trio.broker.events import Event, EventSink, Subscribed, Unsubscribed
+from mqtt_trio.broker.inbound import Inbound
+from mqtt_trio.broker.limits import Limits
+from mqtt_trio.broker.message import Message
+from mqtt_trio.broker.metrics import Metrics
+from mqtt_trio.broker.outbox import ClientLink, Outbox
+from mqtt_trio.broker.retained import RetainedMessages
+from mqtt_trio.broker.router import Router, SubscriptionOptions
+from mqtt_trio.broker.session import RELEASED, Delivery, Session
+from mqtt_trio.broker.tap import FrameRun, Hold, Refused, Tap, TapRoute
+from mqtt_trio.protocol.codes import PacketType, ReasonCode
+from mqtt_trio.protocol.packets import (
+    Auth,
+    Connect,
+    Disconnect,
+    Packet,
+    PingReq,
+    PingResp,
+    PubAck,
+    PubComp,
+    Publish,
+    PubRec,
+    PubRel,
+    SubAck,
+    Subscribe,
+    Subscription,
+    UnsubAck,
+    Unsubscribe,
+)
+from mqtt_trio.protocol.topics import split_shared
+
+AUDIENCES: Final = 10_000
+"""Distinct audiences that are remembered, so that topics which reach the same clients share one."""
+
+
+class Broker:
+    """One node's sessions, subscriptions and retained messages.
+
+    Sans-I/O: `now` is monotonic seconds, `wall_offset` makes UTC of it, `random_id` gives Client Identifiers for
+    clients without one. Links call `handle` and `connection_lost`, a timer calls `run_deadlines` at `next_deadline`;
+    whoever called flushes behind it.
+    """
+
+    def __init__(
+        self,
+        limits: Limits,
+        *,
+        random_id: Callable[[], str],
+        wall_offset: float = 0.0,
+        metrics: Metrics | None = None,
+        events: EventSink | None = None,
+        authenticator: Authenticator | None = None,
+        authorizer: Authorizer | None = None,
+    ) -> None:
+        self.limits = limits
+        self.random_id = random_id
+        self.wall_offset = wall_offset
+        self.metrics = metrics or Metrics()
+        self.authenticator = authenticator or AllowAnyone()
+        self.authorizer = authorizer or AllowEverything()
+        self._events = events
+        self.router: Router[Session] = Router()
+        self.retained = RetainedMessages(limits.retained_messages)
+        self.taps: list[Tap] = []
+        self.touched: list[Outbox] = []
+        self.stopped: set[int] = set()
+        """Whoever stopped QoS 1 and 2 publishers, by id()."""
+        self._stalled: dict[ClientLink, None] = {}
+        self._audiences: dict[tuple[object, ...], Audience] = {}
+        self.sender = Sender(limits, self.metrics, wall_offset, self.emit)
+        self.inbound = Inbound(self)
+        self.connections = Connections(self)
+        self._handlers: dict[type[Packet], Callable[[ClientLink, Session, Packet, float], bool]] = {
+            Publish: self.inbound.publish,
+            PubAck: self._puback,
+            PubRec: self._pubrec,
+            PubRel: self.inbound.pubrel,
+            PubComp: self._pubcomp,
+            Subscribe: self._subscribe,
+            Unsubscribe: self._unsubscribe,
+            PingReq: self._pingreq,
+            Disconnect: self.connections.disconnect,
+            Auth: self._auth,
+        }
+
+    # What drivers call
+
+    def handle(self, link: ClientLink, packet: Packet, now: float) -> bool:
+        """Handle one packet. False: it was left alone and the link is paused; hand the same packet in after resume."""
+        if (session := link.session) is not None:
+            handled = self._handlers[type(packet)](link, session, packet, now)
+            self.metrics.packets_received += handled
+            return handled
+        self.metrics.packets_received += 1
+        if type(packet) is Connect:
+            self.connections.connect(link, packet, now)
+        else:
+            link.end(ReasonCode.PROTOCOL_ERROR, "a packet before the CONNECT was accepted")
+        return True
+
+    def connection_lost(self, link: ClientLink, now: float) -> None:
+        """The network connection is gone; acts only while it is the session's own."""
+        self._stalled.pop(link, None)
+        self.connections.lost(link, now)
+
+    def next_deadline(self) -> float | None:
+        """Monotonic instant at which `run_deadlines` has work, or None."""
+        return self.connections.next_deadline()
+
+    def run_deadlines(self, now: float) -> None:
+        """Publish Wills that are due, end sessions that have expired."""
+        self.connections.run_deadlines(now)
+
+    def flush(self) -> None:
+        """Have every touched outbox sent; a flush that fails ends its own link only."""
+        touched = self.touched
+        while touched:
+            batch = touched[:]
+            touched.clear()
+            for outbox in batch:
+                outbox.flush()
+
+    def outbox(self) -> Outbox:
+        """Make the outbox of a new link."""
+        return Outbox(self.touched, self.limits.outbox_bytes)
+
+    def has_room(self, outbox: Outbox, now: float) -> None:
+        """A starved outbox was sent: go on with its session's queue."""
+        if outbox.session is not None:
+            self.sender.pump(outbox.session, now)
+
+    # What taps and gateways call
+
+    def add_tap(self, tap: Tap) -> None:
+        """Show every accepted publish to `tap` from now on."""
+        self.taps.append(tap)
+        self.rights_changed()
+
+    def stop_publishers(self, owner: object) -> None:
+        """No QoS 1 or 2 PUBLISH is handled until `owner` lets go. Idempotent."""
+        self.stopped.add(id(owner))
+
+    def resume_publishers(self, owner: object) -> None:
+        """Undo `stop_publishers` of `owner`; paused links go on in their order."""
+        self.stopped.discard(id(owner))
+        if not self.stopped:
+            stalled, self._stalled = self._stalled, {}
+            for link in stalled:
+                link.resume(self)
+
+    def stall(self, link: ClientLink) -> None:
+        """Pause a publisher until there is room for its QoS 1 and 2 messages again."""
+        if link not in self._stalled:
+            self._stalled[link] = None
+            self.metrics.publishers_paused += 1
+            link.pause(self)
+
+    def unstall(self, link: ClientLink) -> None:
+        """Its acknowledgements are out: let one publisher go on, unless all must wait."""
+        if not self.stopped and link in self._stalled:
+            del self._stalled[link]
+            link.resume(self)
+
+    def rights_changed(self) -> None:
+        """Access rules or taps changed: every route is looked up anew."""
+        self.router.generation += 1
+        self._forget_audiences()
+
+    def emit(self, event: Event) -> None:
+        """Hand a rare fact to whoever listens."""
+        if self._events is not None:
+            self._events(event)
+
+    # Routes
+
+    def audience(self, topic_name: str, publisher: str, *, tapped: bool = True) -> Audience:
+        """Whom a message of `publisher` to `topic_name` reaches."""
+        members = merge_members(self.router.match(topic_name), publisher)
+        may_receive = self.authorizer.may_receive
+        members = [m for m in members if may_receive(self.principal(m.session), topic_name)]
+        members.sort(key=lambda member: id(member.session))
+        taps: tuple[TapRoute, ...] = ()
+        if tapped and self.taps:
+            taps = tuple(route for tap in self.taps if (route := tap.route(topic_name)) is not None)
+        key = (
+            *((id(m.session), m.qos, m.retain_as_published, m.subscription_identifiers) for m in members),
+            None,
+            *map(id, taps),
+        )
+        audience = self._audiences.get(key)
+        if audience is None or not audience.valid:
+            if len(self._audiences) >= AUDIENCES:
+                self._forget_audiences()
+            audience = make_audience(members, taps, self.limits.maximum_packet_size)
+            self._audiences[key] = audience
+        return audience
+
+    def _forget_audiences(self) -> None:
+        for audience in self._audiences.values():
+            audience.valid = False
+            for member in audience.members:
+                member.session.audiences.discard(audience)
+        self._audiences.clear()
+
+    @staticmethod
+    def principal(session: Session) -> Principal:
+        """Whom access rules are about."""
+        return Principal(session.client_id, session.user_name)
+
+    # What the fast lane calls
+
+    def show_run(self, taps: Iterable[TapRoute], run: FrameRun) -> list[Hold | Refused] | None:
+        """Show a QoS 1 run to the taps; what they want, or None when it may be acknowledged at once."""
+        answers = [answer for tap in taps if (answer := tap.take_run(run)) is not None]
+        return answers or None
+
+    def refused(self, session: Session, qos: int, packet_id: int, answers: Sequence[Hold | Refused]) -> bool:
+        """Answer a publish that a tap refused; False when none did."""
+        return self.inbound.refused(session, qos, packet_id, answers)
+
+    def acknowledge_later(self, session: Session, qos: int, packet_id: int, answers: Sequence[Hold | Refused]) -> None:
+        """Queue the acknowledgement of a publish until every Hold is released."""
+        self.inbound.acknowledge(session, qos, packet_id, answers)
+
+    def deliver_singly(self, run: FrameRun, members: Iterable[object], now: float) -> None:
+        """Deliver a run to members that cannot share its bytes."""
+        self.sender.deliver_singly(run, members, now)  # type: ignore[arg-type]
+
+    # Packets of a connected client
+
+    def reply(self, link: ClientLink, packet: Packet) -> None:
+        """Put a control packet into the client's outbox."""
+        self.metrics.packets_sent += 1
+        link.outbox.put(link.connection.encode(packet))
+
+    def _puback(self, link: ClientLink, session: Session, packet: Packet, now: float) -> bool:
+        assert isinstance(packet, PubAck)
+        self.sender.acknowledged(session, packet.packet_id, PacketType.PUBACK, now)
+        return True
+
+    def _pubrec(self, link: ClientLink, session: Session, packet: Packet, now: float) -> bool:
+        assert isinstance(packet, PubRec)
+        entry = session.inflight.get(packet.packet_id)
+        if entry is None or isinstance(entry, tuple) or entry.qos != 2:
+            self.reply(link, PubRel(packet.packet_id, ReasonCode.PACKET_IDENTIFIER_NOT_FOUND))
+        elif packet.reason_code >= 0x80:  # [MQTT5-4.3.3-4]: the message is at its end
+            del session.inflight[packet.packet_id]
+            self.sender.pump(session, now)
+        else:
+            session.inflight[packet.packet_id] = RELEASED
+            self.reply(link, PubRel(packet.packet_id))
+        return True
+
+    def _pubcomp(self, link: ClientLink, session: Session, packet: Packet, now: float) -> bool:
+        assert isinstance(packet, PubComp)
+        self.sender.acknowledged(session, packet.packet_id, PacketType.PUBCOMP, now)
+        return True
+
+    def _pingreq(self, link: ClientLink, session: Session, packet: Packet, now: float) -> bool:
+        self.reply(link, PingResp())  # [MQTT5-3.12.4-1]
+        return True
+
+    def _auth(self, link: ClientLink, session: Session, packet: Packet, now: float) -> bool:
+        link.end(ReasonCode.PROTOCOL_ERROR, "AUTH without an Authentication Method")  # [MQTT5-4.12.0-7]
+        return True
+
+    def _subscribe(self, link: ClientLink, session: Session, packet: Packet, now: float) -> bool:
+        assert isinstance(packet, Subscribe)
+        codes: list[ReasonCode] = []
+        retained: list[tuple[Subscription, SubscriptionOptions]] = []
+        for subscription in packet.subscriptions:
+            options = SubscriptionOptions.of(subscription, packet.subscription_identifier)
+            code, is_new = self._subscribe_one(session, options, now)
+            codes.append(code)
+            if code < 0x80 and (options.retain_handling == 0 or (options.retain_handling == 1 and is_new)):
+                retained.append((subscription, options))  # [MQTT5-3.3.1-9] to [MQTT5-3.3.1-11]
+        self.reply(link, SubAck(packet.packet_id, tuple(codes)))
+        for subscription, options in retained:
+            self._send_retained(session, subscription.topic_filter, options, now)
+        return True
+
+    def _subscribe_one(self, session: Session, options: SubscriptionOptions, now: float) -> tuple[ReasonCode, bool]:
+        """Make one subscription; return its reason code and whether the filter is new to the session."""
+        topic_filter = options.topic_filter
+        is_new = topic_filter not in session.subscriptions
+        if split_shared(topic_filter)[0] is not None:
+            return ReasonCode.SHARED_SUBSCRIPTIONS_NOT_SUPPORTED, False
+        if is_new and len(session.subscriptions) >= self.limits.subscriptions_per_client:
+            return ReasonCode.QUOTA_EXCEEDED, False
+        if not self.authorizer.may_subscribe(self.principal(session), topic_filter):
+            return ReasonCode.NOT_AUTHORIZED, False
+        if not is_new:
+            session.forget_routes()
+        session.subscriptions[topic_filter] = options
+        self.router.subscribe(topic_filter, session, options)  # replaces an equal filter [MQTT5-3.8.4-3]
+        self.metrics.subscriptions += is_new
+        self.emit(
+            Subscribed(
+                at=now + self.wall_offset,
+                client_id=session.client_id,
+                topic_filter=topic_filter,
+                qos=options.qos,
+                replaced=not is_new,
+            )
+        )
+        return ReasonCode(options.qos), is_new
+
+    def _send_retained(self, session: Session, topic_filter: str, options: SubscriptionOptions, now: float) -> None:
+        identifiers = () if options.subscription_identifier is None else (options.subscription_identifier,)
+        principal = self.principal(session)
+        for message in self.retained.match(topic_filter, now + self.wall_offset):
+            if self.authorizer.may_receive(principal, message.topic_name):
+                delivery = Delivery(message, min(message.qos, options.qos), True, identifiers)
+                self.sender.send(session, delivery, {}, now)  # [MQTT5-3.3.1-8]
+
+    def _unsubscribe(self, link: ClientLink, session: Session, packet: Packet, now: float) -> bool:
+        assert isinstance(packet, Unsubscribe)
+        codes = []
+        for topic_filter in packet.topic_filters:
+            if session.subscriptions.pop(topic_filter, None) is None:
+                codes.append(ReasonCode.NO_SUBSCRIPTION_EXISTED)
+                continue
+            self.router.unsubscribe(topic_filter, session)
+            session.forget_routes()
+            self.metrics.subscriptions -= 1
+            codes.append(ReasonCode.SUCCESS)
+            self.emit(Unsubscribed(at=now + self.wall_offset, client_id=session.client_id, topic_filter=topic_filter))
+        self.reply(link, UnsubAck(packet.packet_id, tuple(codes)))
+        return True
+
+    # Publishing from inside
+
+    def publish(self, message: Message, now: float, *, tapped: bool) -> None:
+        """Deliver a message that no network client published (a Will, a gateway's). RETAIN is the caller's business."""
+        audience = self.audience(message.topic_name, message.client_id, tapped=tapped)
+        for tap in audience.taps:
+            tap.take(message)
+        self.sender.deliver(message, audience, now)

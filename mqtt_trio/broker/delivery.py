@@ -1,0 +1,199 @@
+"""Messages on their way out: to an audience, through windows and queues, again after a reconnect."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TypeAlias
+
+from mqtt_trio.broker.audience import Audience, Member
+from mqtt_trio.broker.events import MessageDropped
+from mqtt_trio.broker.limits import Limits
+from mqtt_trio.broker.message import Message
+from mqtt_trio.broker.metrics import Metrics
+from mqtt_trio.broker.outbox import Outbox
+from mqtt_trio.broker.session import RELEASED, Delivery, FastDelivery, Released, Session
+from mqtt_trio.broker.tap import FrameRun, read_run
+from mqtt_trio.protocol.codes import PacketType, ProtocolVersion, QoS
+from mqtt_trio.protocol.encode import EncodedPublish, encode
+from mqtt_trio.protocol.packets import PubRel
+
+Drop: TypeAlias = Callable[[MessageDropped], None]
+Encodings: TypeAlias = dict[tuple[int, int, bool, tuple[int, ...]], EncodedPublish]
+"""Encodings of one message by (version, QoS, RETAIN, Subscription Identifiers)."""
+
+
+class Sender:
+    """The outbound half of the broker: everything that fills outboxes with messages."""
+
+    def __init__(self, limits: Limits, metrics: Metrics, wall_offset: float, drop: Drop) -> None:
+        self.limits = limits
+        self.metrics = metrics
+        self.wall_offset = wall_offset
+        self.drop = drop
+
+    def deliver(self, message: Message, audience: Audience, now: float) -> None:
+        """Send one message to every member of an audience, encoded once per kind of copy."""
+        encodings: Encodings = {}
+        for member in audience.members:
+            retain = message.retain and member.retain_as_published  # [MQTT5-3.3.1-12], [MQTT5-3.3.1-13]
+            qos = min(message.qos, member.qos)  # [MQTT5-3.8.4-8]
+            self.send(member.session, Delivery(message, qos, retain, member.subscription_identifiers), encodings, now)
+
+    def deliver_singly(self, run: FrameRun, members: Iterable[Member], now: float) -> None:
+        """Send the frames of a run to members whose copies are not the frames themselves."""
+        for message in read_run(run):
+            encodings: Encodings = {}
+            for member in members:
+                qos = min(message.qos, member.qos)
+                delivery = Delivery(message, qos, False, member.subscription_identifiers)
+                self.send(member.session, delivery, encodings, now)
+
+    def send(self, session: Session, delivery: Delivery, encodings: Encodings, now: float) -> None:
+        """Send or queue one delivery; what neither fits is dropped and counted."""
+        outbox = session.outbox
+        if delivery.qos == 0:
+            if outbox is None:
+                return  # nobody is owed a QoS 0 message while its client is away
+            frame = self._frame(delivery, outbox, encodings, 0, now)
+            if frame is None:
+                return
+            if outbox.offer(frame):
+                self.metrics.messages_sent_qos0 += 1
+            else:
+                self._dropped("outbox_full", session, delivery.message, now)
+            return
+        if outbox is None or session.queue or len(session.inflight) >= session.send_maximum or outbox.room <= 0:
+            self._enqueue(session, delivery, now)
+            if outbox is not None and outbox.room <= 0:
+                outbox.starved = True
+            return
+        self._send_acknowledged(session, outbox, delivery, encodings, now)
+
+    def _send_acknowledged(
+        self, session: Session, outbox: Outbox, delivery: Delivery, encodings: Encodings, now: float
+    ) -> None:
+        """Send one QoS 1 or 2 delivery; the caller has seen a free slot and room."""
+        packet_id = session.take_id()
+        frame = self._frame(delivery, outbox, encodings, packet_id, now)
+        if frame is None:
+            return
+        session.inflight[packet_id] = delivery
+        outbox.put(frame)
+        if delivery.qos == 1:
+            self.metrics.messages_sent_qos1 += 1
+        else:
+            self.metrics.messages_sent_qos2 += 1
+
+    def _frame(
+        self, delivery: Delivery, outbox: Outbox, encodings: Encodings, packet_id: int, now: float, dup: bool = False
+    ) -> bytes | None:
+        """Encode one copy, or None when this receiver must not get it (expired, too large)."""
+        message = delivery.message
+        version = outbox.protocol_version
+        key = (version, delivery.qos, delivery.retain, delivery.subscription_identifiers)
+        encoded = encodings.get(key)
+        if encoded is None:
+            interval = message.properties.message_expiry_interval
+            if interval is not None:
+                interval = int(message.published_at + interval - (now + self.wall_offset) + 0.999)
+                if interval <= 0:  # [MQTT5-3.3.2-5]
+                    self._dropped("expired", outbox.session, message, now)
+                    return None
+            encoded = encodings[key] = EncodedPublish(
+                message.topic_name,
+                message.payload,
+                message.properties,
+                version=ProtocolVersion(version),
+                qos=QoS(delivery.qos),
+                retain=delivery.retain,
+                subscription_identifiers=delivery.subscription_identifiers,
+                message_expiry_interval=interval,
+            )
+        frame = encoded.frame(packet_id, dup=dup)
+        if len(frame) > outbox.maximum_packet_size:  # [MQTT5-3.1.2-25]
+            self._dropped("too_large", outbox.session, message, now)
+            return None
+        return frame
+
+    def _enqueue(self, session: Session, delivery: Delivery, now: float) -> None:
+        """Queue for later, within [Limits] QueueMessages and QueueBytes."""
+        limits = self.limits
+        size = delivery.message.size
+        if size > limits.queue_bytes or limits.queue_messages == 0:
+            self._dropped("queue_full", session, delivery.message, now)
+            return
+        while len(session.queue) >= limits.queue_messages or session.queue_bytes + size > limits.queue_bytes:
+            if limits.queue_overflow == "drop-new":
+                self._dropped("queue_full", session, delivery.message, now)
+                return
+            oldest = session.queue.popleft()
+            session.queue_bytes -= oldest.message.size
+            self.metrics.messages_queued -= 1
+            self._dropped("queue_full", session, oldest.message, now)
+        session.queue.append(delivery)
+        session.queue_bytes += size
+        self.metrics.messages_queued += 1
+
+    def pump(self, session: Session, now: float) -> None:
+        """Send from the queue while the window and the outbox have room."""
+        outbox = session.outbox
+        if outbox is None:
+            return
+        outbox.starved = False
+        while session.queue and len(session.inflight) < session.send_maximum:
+            if outbox.room <= 0:
+                outbox.starved = True
+                return
+            delivery = session.queue.popleft()
+            session.queue_bytes -= delivery.message.size
+            self.metrics.messages_queued -= 1
+            self._send_acknowledged(session, outbox, delivery, {}, now)
+
+    def resend(self, session: Session, now: float) -> None:
+        """Repeat what was in flight when the last connection ended, then go on with the queue [MQTT5-4.4.0-1]."""
+        outbox = session.outbox
+        if outbox is None:
+            return
+        for packet_id, entry in list(session.inflight.items()):
+            if isinstance(entry, Released):
+                outbox.put(encode(PubRel(packet_id), ProtocolVersion(outbox.protocol_version)))
+                continue
+            if isinstance(entry, tuple):
+                entry = session.inflight[packet_id] = self.from_fast(entry, session, now)
+            # What was sent once keeps its id until it is acknowledged, also when it is expired by now.
+            frame = self._frame(entry, outbox, {}, packet_id, now, dup=True)
+            if frame is None:
+                del session.inflight[packet_id]
+            else:
+                outbox.put(frame)
+        self.pump(session, now)
+
+    def from_fast(self, entry: FastDelivery, session: Session, now: float) -> Delivery:
+        """Make an ordinary delivery of one that the fast lane sent."""
+        head, tail, version = entry
+        run = FrameRun(head + b"\0\1" + tail, 1, 1, ProtocolVersion(version), "", now + self.wall_offset)
+        return Delivery(read_run(run)[0], 1)
+
+    def acknowledged(self, session: Session, packet_id: int, packet_type: PacketType, now: float) -> bool:
+        """A PUBACK or PUBCOMP came: free its slot. False when no such delivery waits for it."""
+        entry = session.inflight.get(packet_id)
+        if entry is None:
+            return False
+        if packet_type is PacketType.PUBACK:
+            qos = 1 if isinstance(entry, tuple) else entry.qos
+            if qos != 1:
+                return False
+        elif entry is not RELEASED:
+            return False
+        del session.inflight[packet_id]
+        if session.queue:
+            self.pump(session, now)
+        return True
+
+    def _dropped(self, reason: str, session: Session | None, message: Message, now: float) -> None:
+        name = f"dropped_{reason}"
+        setattr(self.metrics, name, getattr(self.metrics, name) + 1)
+        client_id = session.client_id if session is not None else ""
+        self.drop(
+            MessageDropped(at=now + self.wall_offset, reason=reason, topic_name=message.topic_name, client_id=client_id)
+        )

@@ -1,0 +1,297 @@
+"""The fast lane: PUBLISH at QoS 0 and 1 and PUBACK, handled on their bytes.
+
+It takes whole packets from the start of what was read as long as it recognises them at a glance and hands over to
+the full path at the first one that it does not. What it does is what the full path would have done, byte for byte
+(tests/broker/test_fast_lane.py feeds both the same streams). One loop, kept apart from the usual limits on length:
+a call per packet would cost as much as the packet.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from mqtt_trio.broker.audience import Audience
+from mqtt_trio.broker.session import Session
+from mqtt_trio.broker.tap import FrameRun, Hold, Refused
+from mqtt_trio.protocol.codes import ProtocolVersion
+
+if TYPE_CHECKING:
+    from mqtt_trio.broker.broker import Broker
+    from mqtt_trio.broker.outbox import Outbox
+
+PACKET_IDS: Final = tuple(number.to_bytes(2, "big") for number in range(65_536))
+ROUTES_PER_CLIENT: Final = 4096
+"""Topics in one client's route cache; a client with more starts its cache again."""
+
+
+class FastLane:
+    """The fast lane of one connected client."""
+
+    __slots__ = ("broker", "generation", "maximum_packet_size", "outbox", "routes", "session", "v5", "version")
+
+    def __init__(self, broker: Broker, session: Session, outbox: Outbox) -> None:
+        self.broker = broker
+        self.session = session
+        self.outbox = outbox
+        self.v5 = outbox.protocol_version == 5
+        self.version = ProtocolVersion.MQTT_5_0 if self.v5 else ProtocolVersion.MQTT_3_1_1
+        self.maximum_packet_size = broker.limits.maximum_packet_size
+        self.routes: dict[bytes, Audience] = {}
+        self.generation = broker.router.generation
+
+    def learn(self, topic_name: str, audience: Audience) -> None:
+        """Remember where the full path, after all its checks, delivered a message of this client to."""
+        if len(self.routes) >= ROUTES_PER_CLIENT:
+            self.routes.clear()
+        self.routes[topic_name.encode()] = audience
+
+    def handle(self, data: bytes, pos: int, now: float) -> int:
+        """Handle packets of `data` from `pos` on; return where the first one begins that is left to the full path."""
+        broker = self.broker
+        routes = self.routes
+        if self.generation != broker.router.generation:
+            self.generation = broker.router.generation
+            routes.clear()
+        v5 = self.v5
+        end = len(data)
+        run: Audience | None = None
+        start = count = total = 0
+        prefix = b""
+        while end - pos >= 4:
+            if run is not None and data.startswith(prefix, pos) and pos + total <= end:
+                # Same length, same topic as the frame before: nothing else to look at.
+                pos += total
+                count += 1
+                continue
+            first = data[pos]
+            if first != 0x30:
+                if run is not None:
+                    self._close_run(data, run, start, pos, count, now)
+                    run = None
+                if first == 0x40:
+                    if data[pos + 1] != 2 or not self._puback(data[pos + 2] << 8 | data[pos + 3]):
+                        break
+                    pos += 4
+                    continue
+                if first != 0x32:
+                    break
+            length = data[pos + 1]
+            body = pos + 2
+            if length > 127:
+                # Two or three bytes cover what a read can hold; minimal encodings only [MQTT5-1.5.5-1].
+                second = data[pos + 2]
+                if second < 128:
+                    if not second:
+                        break
+                    length = (length & 127) | second << 7
+                    body = pos + 3
+                else:
+                    third = data[pos + 3]
+                    if third > 127 or not third:
+                        break
+                    length = (length & 127) | (second & 127) << 7 | third << 14
+                    body = pos + 4
+                if length + body - pos > self.maximum_packet_size:
+                    break
+            stop = body + length
+            if stop > end or length < 2:
+                break
+            at = body + 2 + (data[body] << 8 | data[body + 1])
+            if first == 0x30:
+                if at > stop or (v5 and (at == stop or data[at])):
+                    break
+                audience = routes.get(data[body + 2 : at])
+                if audience is None or not audience.valid:
+                    break
+                if audience is not run:
+                    if run is not None:
+                        self._close_run(data, run, start, pos, count, now)
+                    run, start, count = audience, pos, 0
+                count += 1
+                total = stop - pos
+                prefix = data[pos : at + 1] if v5 else data[pos:at]
+                pos = stop
+                continue
+            behind = at + 2
+            if behind > stop or (v5 and (behind == stop or data[behind])):
+                break
+            audience = routes.get(data[body + 2 : at])
+            if (
+                audience is None
+                or not audience.valid
+                or not self._publish_qos1(data, pos, body, at, stop, audience, now)
+            ):
+                break
+            pos = stop
+        if run is not None:
+            self._close_run(data, run, start, pos, count, now)
+        return pos
+
+    def _puback(self, packet_id: int) -> bool:
+        """Free the slot of a QoS 1 delivery; False when the full path has more to do than that."""
+        session = self.session
+        entry = session.inflight.get(packet_id)
+        if session.queue or type(entry) is not tuple:
+            return False
+        del session.inflight[packet_id]
+        self.broker.metrics.packets_received += 1
+        return True
+
+    def _publish_qos1(
+        self, data: bytes, pos: int, body: int, at: int, stop: int, audience: Audience, now: float
+    ) -> bool:
+        """Deliver one QoS 1 PUBLISH and acknowledge it; False (and nothing done) when the full path must."""
+        broker = self.broker
+        packet_id = data[at : at + 2]
+        size = stop - pos
+        if (
+            not audience.uniform[self.v5]
+            or packet_id == b"\0\0"
+            or broker.stopped
+            or self.session.acks
+            or self.session.received
+        ):
+            return False
+        receivers = audience.acknowledged
+        for session in receivers:
+            if (
+                session.queue
+                or len(session.inflight) >= session.send_maximum
+                or session.next_id in session.inflight
+                or session.outbox.room < size  # type: ignore[union-attr]
+            ):
+                return False
+        metrics = broker.metrics
+        metrics.packets_received += 1
+        metrics.messages_received_qos1 += 1
+        metrics.fast_lane_messages += 1
+        answers: list[Hold | Refused] | None = None
+        if audience.taps:
+            run = FrameRun(data[pos:stop], 1, 1, self.version, self.session.client_id, now + broker.wall_offset)
+            answers = broker.show_run(audience.taps, run)
+            if answers and broker.refused(self.session, 1, int.from_bytes(packet_id, "big"), answers):
+                return True
+        head, tail = data[pos:at], data[at + 2 : stop]
+        touched = broker.touched
+        entry = (head, tail, 5 if self.v5 else 4)
+        for session in receivers:
+            outbound = session.next_id
+            session.next_id = outbound + 1 if outbound < 65_535 else 1
+            session.inflight[outbound] = entry
+            outbox: Outbox = session.outbox  # type: ignore[assignment]  # an audience names nobody who is offline here
+            frames = outbox.frames
+            if not frames:
+                touched.append(outbox)
+            frames += (head, PACKET_IDS[outbound], tail)
+            outbox.room -= size
+        metrics.messages_sent_qos1 += len(receivers)
+        if audience.at_most_once:
+            self._send_at_most_once(b"".join((_head_qos0(stop - body - 2), data[body:at], tail)), audience.at_most_once)
+        if answers:
+            broker.acknowledge_later(self.session, 1, int.from_bytes(packet_id, "big"), answers)
+        else:
+            self.outbox.put(b"\x40\x02" + packet_id)
+            metrics.packets_sent += 1
+        return True
+
+    def _send_at_most_once(self, frame: bytes, outboxes: tuple[Outbox, ...]) -> None:
+        metrics = self.broker.metrics
+        for outbox in outboxes:
+            if outbox.offer(frame):
+                metrics.messages_sent_qos0 += 1
+            else:
+                metrics.dropped_outbox_full += 1
+
+    def _close_run(self, data: bytes, audience: Audience, start: int, stop: int, count: int, now: float) -> None:
+        """Deliver `count` QoS 0 frames that lie side by side and go to the same audience."""
+        frames = data if start == 0 and stop == len(data) else data[start:stop]
+        size = stop - start
+        broker = self.broker
+        metrics = broker.metrics
+        touched = broker.touched
+        metrics.packets_received += count
+        metrics.messages_received_qos0 += count
+        metrics.fast_lane_messages += count
+        sent = 0
+        for outbox in audience.slices[self.v5]:
+            if outbox.room < size:
+                self._offer_singly(split_run(frames), outbox)
+                continue
+            if not outbox.frames:
+                touched.append(outbox)
+            outbox.frames.append(frames)
+            outbox.room -= size
+            sent += count
+        metrics.messages_sent_qos0 += sent
+        others = audience.slices[not self.v5]
+        if others:
+            translated = translate_run(frames, self.v5)
+            for outbox in others:
+                self._offer_singly(translated, outbox)
+        if audience.singly or audience.taps:
+            run = FrameRun(frames, count, 0, self.version, self.session.client_id, now + broker.wall_offset)
+            if audience.singly:
+                broker.deliver_singly(run, audience.singly, now)
+            for tap in audience.taps:
+                tap.take_run(run)
+
+    def _offer_singly(self, frames: list[bytes], outbox: Outbox) -> None:
+        """Offer frames one by one: what does not fit is dropped whole, and counted."""
+        metrics = self.broker.metrics
+        for frame in frames:
+            if outbox.offer(frame):
+                metrics.messages_sent_qos0 += 1
+            else:
+                metrics.dropped_outbox_full += 1
+
+
+def _remaining_length(length: int) -> bytes:
+    """Encode a Remaining Length of up to three bytes (the fast lane's largest)."""
+    if length < 128:
+        return bytes((length,))
+    if length < 16_384:
+        return bytes((length & 127 | 128, length >> 7))
+    return bytes((length & 127 | 128, length >> 7 & 127 | 128, length >> 14))
+
+
+def _head_qos0(length: int) -> bytes:
+    """Fixed header of a QoS 0 PUBLISH with `length` bytes behind it."""
+    return b"\x30" + _remaining_length(length)
+
+
+def split_run(frames: bytes) -> list[bytes]:
+    """Cut a run into its frames."""
+    found = []
+    pos, end = 0, len(frames)
+    while pos < end:
+        body, length = _body_of(frames, pos)
+        found.append(frames[pos : body + length])
+        pos = body + length
+    return found
+
+
+def translate_run(frames: bytes, from_v5: bool) -> list[bytes]:
+    """Write QoS 0 frames of one version in the other: only the empty Property Length stands between them."""
+    found = []
+    pos, end = 0, len(frames)
+    while pos < end:
+        body, length = _body_of(frames, pos)
+        at = body + 2 + (frames[body] << 8 | frames[body + 1])
+        stop = body + length
+        if from_v5:
+            found.append(b"".join((_head_qos0(length - 1), frames[body:at], frames[at + 1 : stop])))
+        else:
+            found.append(b"".join((_head_qos0(length + 1), frames[body:at], b"\0", frames[at:stop])))
+        pos = stop
+    return found
+
+
+def _body_of(frames: bytes, pos: int) -> tuple[int, int]:
+    """Return where the body of the frame at `pos` begins and its length (a frame that the lane has measured)."""
+    length = frames[pos + 1]
+    if length < 128:
+        return pos + 2, length
+    second = frames[pos + 2]
+    if second < 128:
+        return pos + 3, (length & 127) | second << 7
+    return pos + 4, (length & 127) | (second & 127) << 7 | frames[pos + 3] << 14

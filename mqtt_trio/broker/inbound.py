@@ -1,0 +1,184 @@
+"""PUBLISH on its way in: checks, retained store, taps, fan-out, acknowledgement."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+from mqtt_trio.broker.message import Message
+from mqtt_trio.broker.outbox import ClientLink
+from mqtt_trio.broker.session import PendingAck, Session
+from mqtt_trio.broker.tap import Hold, Refused, TapRoute
+from mqtt_trio.protocol.codes import ProtocolVersion, ReasonCode
+from mqtt_trio.protocol.packets import Packet, PubAck, PubComp, Publish, PubRec, PubRel
+
+if TYPE_CHECKING:
+    from mqtt_trio.broker.broker import Broker
+
+
+class Inbound:
+    """The inbound half of the broker."""
+
+    def __init__(self, broker: Broker) -> None:
+        self.broker = broker
+
+    def publish(self, link: ClientLink, session: Session, packet: Packet, now: float) -> bool:
+        """Handle a PUBLISH; False when the publisher must wait before it is looked at."""
+        assert isinstance(packet, Publish)
+        broker = self.broker
+        if packet.qos:
+            if packet.qos == 2 and packet.packet_id in session.received:
+                self._repeat_pubrec(link, session, packet)
+                return True
+            if not self._may_take(link, session):
+                return link.session is not session  # ended: handled; paused: not
+        if not broker.authorizer.may_publish(broker.principal(session), packet.topic_name):
+            broker.metrics.dropped_not_authorized += 1
+            self._refuse(session, packet.qos, packet.packet_id or 0, ReasonCode.NOT_AUTHORIZED)
+            return True
+        message = Message(
+            packet.topic_name,
+            packet.payload,
+            int(packet.qos),
+            packet.retain,
+            packet.properties,
+            session.client_id,
+            now + broker.wall_offset,
+        )
+        self._count(packet.qos)
+        audience = broker.audience(message.topic_name, session.client_id)
+        answers = self.show(audience.taps, message)
+        if answers and self.refused(session, packet.qos, packet.packet_id or 0, answers):
+            return True
+        if packet.qos == 2:
+            session.received.add(packet.packet_id or 0)  # [MQTT5-4.3.3-10]
+        if packet.retain:
+            self.retain(message)
+        broker.sender.deliver(message, audience, now)
+        if packet.qos:
+            self.acknowledge(session, packet.qos, packet.packet_id or 0, answers)
+        if link.lane is not None:
+            link.lane.learn(message.topic_name, audience)
+        return True
+
+    def _may_take(self, link: ClientLink, session: Session) -> bool:
+        """Whether a QoS 1 or 2 PUBLISH may be looked at now; pauses or ends the link where not."""
+        broker = self.broker
+        if broker.stopped:
+            broker.stall(link)
+            return False
+        if len(session.received) + sum(ack.qos == 1 for ack in session.acks) >= broker.limits.receive_maximum:
+            if link.connection.protocol_version == ProtocolVersion.MQTT_5_0:
+                link.end(ReasonCode.RECEIVE_MAXIMUM_EXCEEDED, "more than Receive Maximum unacknowledged messages")
+                return False
+            if session.acks:
+                broker.stall(link)
+                return False
+        return True
+
+    def retain(self, message: Message) -> None:
+        """Keep or remove the retained message of a topic [MQTT5-3.3.1-5], [MQTT5-3.3.1-6]."""
+        broker = self.broker
+        if not broker.retained.set(message):
+            broker.metrics.retained_refused += 1
+        broker.metrics.retained_messages = len(broker.retained)
+
+    @staticmethod
+    def show(taps: Sequence[TapRoute], message: Message) -> list[Hold | Refused]:
+        """Show a message to the taps; what they want before it is acknowledged."""
+        return [answer for tap in taps if (answer := tap.take(message)) is not None]
+
+    def refused(self, session: Session, qos: int, packet_id: int, answers: Sequence[Hold | Refused]) -> bool:
+        """Answer a publish that a tap refused; False when none did."""
+        for answer in answers:
+            if isinstance(answer, Refused):
+                self.broker.metrics.dropped_by_tap += 1
+                self._refuse(session, qos, packet_id, answer.reason_code)
+                return True
+        return False
+
+    def acknowledge(self, session: Session, qos: int, packet_id: int, answers: Sequence[Hold | Refused]) -> None:
+        """Send PUBACK or PUBREC, or queue it behind what it has to wait for."""
+        link = session.link
+        assert link is not None
+        holds = [answer for answer in answers if isinstance(answer, Hold)]
+        packet = PubAck(packet_id) if qos == 1 else PubRec(packet_id)
+        if not holds and not session.acks:
+            self.broker.reply(link, packet)
+            return
+        negative = partial(self._negative, session, qos, packet_id)
+        ack = PendingAck(link.connection.encode(packet), qos, packet_id, len(holds), negative)
+        session.acks.append(ack)
+        for hold in holds:
+            hold.when_released(partial(self._released, session, link, ack, hold))
+
+    def _released(self, session: Session, link: ClientLink, ack: PendingAck, hold: Hold) -> None:
+        """One hold of one acknowledgement was released: send what may go now, in order."""
+        ack.waiting_for -= 1
+        ack.refused = ack.refused or hold.refused
+        if session.link is not link:
+            return  # the connection is gone, the client will ask again
+        acks = session.acks
+        while acks and acks[0].waiting_for == 0:
+            ack = acks.popleft()
+            frame = ack.frame if ack.refused is None else ack.on_refused(ack.refused)
+            if frame:
+                link.outbox.put(frame)
+                self.broker.metrics.packets_sent += 1
+        if len(acks) < self.broker.limits.receive_maximum:
+            self.broker.unstall(link)
+
+    def _negative(self, session: Session, qos: int, packet_id: int, reason_code: ReasonCode) -> bytes:
+        """The frame that says no, or nothing after ending a 3.x client, whose version has none."""
+        session.received.discard(packet_id)
+        link = session.link
+        assert link is not None
+        if link.connection.protocol_version != ProtocolVersion.MQTT_5_0:
+            link.end(reason_code, "the message was refused")
+            return b""
+        packet = PubAck(packet_id, reason_code) if qos == 1 else PubRec(packet_id, reason_code)
+        return link.connection.encode(packet)
+
+    def _refuse(self, session: Session, qos: int, packet_id: int, reason_code: ReasonCode) -> None:
+        """Say no to a PUBLISH. QoS 0 has no answer; a 3.x client is told nothing where it merely may not."""
+        link = session.link
+        assert link is not None
+        if qos == 0:
+            return
+        if reason_code is ReasonCode.NOT_AUTHORIZED and link.connection.protocol_version != ProtocolVersion.MQTT_5_0:
+            self.acknowledge(session, qos, packet_id, ())  # [MQTT3-3.3.5-2]: acknowledged and dropped
+            return
+        frame = self._negative(session, qos, packet_id, reason_code)
+        if frame:
+            if session.acks:
+                session.acks.append(
+                    PendingAck(frame, qos, packet_id, 0, partial(self._negative, session, qos, packet_id))
+                )
+            else:
+                link.outbox.put(frame)
+                self.broker.metrics.packets_sent += 1
+
+    def _repeat_pubrec(self, link: ClientLink, session: Session, packet: Publish) -> None:
+        """A QoS 2 message came again: the same answer, no second delivery [MQTT5-4.3.3-10]."""
+        if any(ack.qos == 2 and ack.packet_id == packet.packet_id for ack in session.acks):
+            return  # its first PUBREC is still on the way
+        self.acknowledge(session, 2, packet.packet_id or 0, ())
+
+    def pubrel(self, link: ClientLink, session: Session, packet: Packet, now: float) -> bool:
+        """The publisher lets go of a QoS 2 Packet Identifier [MQTT5-4.3.3-11]."""
+        assert isinstance(packet, PubRel)
+        known = packet.packet_id in session.received
+        session.received.discard(packet.packet_id)
+        code = ReasonCode.SUCCESS if known else ReasonCode.PACKET_IDENTIFIER_NOT_FOUND
+        self.broker.reply(link, PubComp(packet.packet_id, code))
+        return True
+
+    def _count(self, qos: int) -> None:
+        metrics = self.broker.metrics
+        if qos == 0:
+            metrics.messages_received_qos0 += 1
+        elif qos == 1:
+            metrics.messages_received_qos1 += 1
+        else:
+            metrics.messages_received_qos2 += 1

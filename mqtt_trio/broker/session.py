@@ -1,0 +1,130 @@
+"""Session state [MQTT5-4.1]: subscriptions, packet identifiers, QoS 1 and 2 flows, the queue of waiting messages."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final, TypeAlias
+
+import attrs
+
+from mqtt_trio.broker.message import Message
+from mqtt_trio.broker.outbox import ClientLink, Outbox
+from mqtt_trio.broker.router import SubscriptionOptions
+from mqtt_trio.protocol.codes import ReasonCode
+from mqtt_trio.protocol.packets import Will
+
+if TYPE_CHECKING:
+    from mqtt_trio.broker.audience import Audience
+
+NEVER: Final = 0xFFFF_FFFF
+"""Session Expiry Interval that means the session does not expire [MQTT5-3.1.2-11.2]."""
+
+
+@attrs.define
+class Delivery:
+    """One message on its way to one client: what a redelivery must repeat."""
+
+    message: Message
+    qos: int
+    retain: bool = False
+    subscription_identifiers: tuple[int, ...] = ()
+
+
+FastDelivery: TypeAlias = tuple[bytes, bytes, int]
+"""A QoS 1 delivery of the fast lane: the frame up to its Packet Identifier, the rest behind it, the MQTT version."""
+
+
+class Released:
+    """A QoS 2 delivery whose PUBREC has come: only its PUBREL is owed [MQTT5-4.3.3-4]."""
+
+    qos = 2
+
+
+RELEASED: Final = Released()
+Inflight: TypeAlias = Delivery | FastDelivery | Released
+
+
+@attrs.define
+class PendingAck:
+    """A PUBACK or PUBREC that may not go yet."""
+
+    frame: bytes
+    qos: int
+    packet_id: int
+    waiting_for: int
+    """Holds that are not released."""
+    on_refused: Callable[[ReasonCode], bytes]
+    """What goes instead when a hold was released with a reason."""
+    refused: ReasonCode | None = None
+
+
+class Session:
+    """One client's session; it outlives its network connections by its expiry interval."""
+
+    __slots__ = (
+        "acks",
+        "audiences",
+        "clean",
+        "client_id",
+        "deadline",
+        "expiry_interval",
+        "inflight",
+        "link",
+        "next_id",
+        "outbox",
+        "queue",
+        "queue_bytes",
+        "received",
+        "send_maximum",
+        "subscriptions",
+        "user_name",
+        "will",
+        "will_at",
+    )
+
+    def __init__(self, client_id: str) -> None:
+        self.client_id = client_id
+        self.user_name: str | None = None
+        self.link: ClientLink | None = None
+        self.outbox: Outbox | None = None
+        self.subscriptions: dict[str, SubscriptionOptions] = {}
+        self.inflight: dict[int, Inflight] = {}
+        """Outbound, by Packet Identifier, in the order of sending [MQTT5-4.6.0-1]."""
+        self.queue: deque[Delivery] = deque()
+        self.queue_bytes = 0
+        self.received: set[int] = set()
+        """Inbound QoS 2 Packet Identifiers whose PUBREL has not come [MQTT5-4.3.3-10]."""
+        self.next_id = 1
+        self.send_maximum = 65_535
+        """Outbound QoS 1 and 2 messages that may be unacknowledged: the lower of both sides' bounds."""
+        self.acks: deque[PendingAck] = deque()
+        """Acknowledgements that wait, in the order in which they must go [MQTT5-4.6.0-2]; of this connection only."""
+        self.expiry_interval = 0
+        self.clean = True
+        self.will: Will | None = None
+        self.will_at: float | None = None
+        """Monotonic instant at which the Will of the ended connection is due."""
+        self.deadline: float | None = None
+        """Monotonic instant at which the disconnected session ends."""
+        self.audiences: set[Audience] = set()
+        """Route cache entries that name this session."""
+
+    def take_id(self) -> int:
+        """Return a free Packet Identifier. There is one: `send_maximum` is below their number [MQTT5-2.2.1-3]."""
+        packet_id = self.next_id
+        while packet_id in self.inflight:
+            packet_id = packet_id + 1 if packet_id < 65_535 else 1
+        self.next_id = packet_id + 1 if packet_id < 65_535 else 1
+        return packet_id
+
+    def forget_routes(self) -> None:
+        """Invalidate every route that names this session: its connection or its subscriptions changed."""
+        for audience in self.audiences:
+            audience.valid = False
+        self.audiences.clear()
+
+    @property
+    def persistent(self) -> bool:
+        """True when the session outlives its network connection."""
+        return self.expiry_interval > 0

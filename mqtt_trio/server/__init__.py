@@ -1,0 +1,1 @@
+"""The network side: listeners, links, the poller, timers."""

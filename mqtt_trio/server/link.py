@@ -1,0 +1,274 @@
+"""One network connection: its bytes in, its frames out, and the one task that supervises it.
+
+`Link` knows no transport. `poller.SocketLink` drives it from one epoll, `streams.StreamLink` from tasks on any trio
+Stream; the broker sees no difference.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Final
+
+import trio
+
+from mqtt_trio.broker.broker import Broker
+from mqtt_trio.broker.fast_lane import FastLane
+from mqtt_trio.broker.session import Session
+from mqtt_trio.errors import RemoteProtocolError
+from mqtt_trio.protocol.codes import ProtocolVersion, ReasonCode
+from mqtt_trio.protocol.connection import ServerConnection
+from mqtt_trio.protocol.frames import FrameDecoder, WebSocketError, close_frame, frame
+from mqtt_trio.protocol.packets import ConnAck, Disconnect, Packet
+
+logger = logging.getLogger(__name__)
+
+CLOSE_GRACE: Final = 2.0
+"""Seconds that an ended client may take to read its farewell."""
+UNSUPPORTED_VERSION_3: Final = b"\x20\x02\x00\x01"
+"""CONNACK 'unacceptable protocol version', which every version's clients can read [MQTT3-3.1.2-2]."""
+
+
+class Link:
+    """One client's network connection. Implements `broker.outbox.ClientLink`."""
+
+    __slots__ = (
+        "_paused_by",
+        "_stalled",
+        "broker",
+        "changed",
+        "codec",
+        "connect_timeout",
+        "connection",
+        "end_reason",
+        "end_text",
+        "ended",
+        "lane",
+        "last_packet_at",
+        "listener",
+        "outbox",
+        "peer",
+        "session",
+        "silence_limit",
+    )
+
+    def __init__(
+        self, broker: Broker, *, peer: str, listener: str, connect_timeout: float, codec: FrameDecoder | None = None
+    ) -> None:
+        self.broker = broker
+        self.connection = ServerConnection(maximum_packet_size=broker.limits.maximum_packet_size)
+        self.outbox = broker.outbox()
+        self.outbox.flush = self.flush
+        self.session: Session | None = None
+        self.lane: FastLane | None = None
+        self.peer = peer
+        self.listener = listener
+        self.codec = codec
+        """Takes WebSocket frames apart; None for plain connections."""
+        self.connect_timeout = connect_timeout
+        self.silence_limit: float | None = connect_timeout
+        self.last_packet_at = trio.current_time()
+        self.ended = False
+        self.end_reason: ReasonCode | None = None
+        self.end_text = ""
+        self.changed = trio.Event()
+        self._paused_by: set[int] = set()
+        self._stalled: Packet | None = None
+        broker.metrics.connections_opened += 1
+
+    # Bytes in
+
+    def receive(self, data: bytes, now: float) -> None:
+        """Handle one read. Errors of the client end it; anything else raised is our bug and the driver's to log."""
+        if self.ended:
+            return
+        self.broker.metrics.bytes_received += len(data)
+        try:
+            if self.codec is not None:
+                self._unwrap(self.codec, data, now)
+            else:
+                self.connection.receive_data(data)
+                if not self._paused_by:
+                    self._handle(now)
+        except RemoteProtocolError as exc:
+            self._protocol_error(exc)
+
+    def _unwrap(self, codec: FrameDecoder, data: bytes, now: float) -> None:
+        """Take WebSocket frames off, handle what was in them, answer pings and closes."""
+        error = None
+        try:
+            data = codec.feed(data)
+        except WebSocketError as exc:
+            error, data = exc, exc.received
+        if data:
+            self.connection.receive_data(data)
+            if not self._paused_by:
+                self._handle(now)
+        if codec.replies:
+            self.send_raw(codec.take_replies())
+        if error is not None:
+            raise error
+        if codec.closed is not None:
+            self.end(None, "WebSocket close by the client")
+
+    def _handle(self, now: float) -> None:
+        """Handle every whole packet that is there: the fast lane as far as it goes, then one on the full path."""
+        connection = self.connection
+        broker = self.broker
+        while not self.ended:
+            lane = self.lane
+            if lane is not None and connection.start < len(connection.buffer):
+                start = connection.start
+                connection.start = lane.handle(connection.buffer, start, now)
+                if connection.start != start:
+                    self.last_packet_at = now
+            packet = connection.next_packet()
+            if packet is None:
+                break
+            self.last_packet_at = now
+            if not broker.handle(self, packet, now):
+                self._stalled = packet
+                return
+
+    def _protocol_error(self, exc: RemoteProtocolError) -> None:
+        self.broker.metrics.protocol_errors += 1
+        if self.ended:
+            return
+        code = ReasonCode(exc.reason_code)
+        if isinstance(exc, WebSocketError):
+            self.send_raw(close_frame(exc.close_code))
+            self.end(None, str(exc))
+            return
+        connection = self.connection
+        if self.session is None and connection.version_known:
+            if connection.protocol_version == ProtocolVersion.MQTT_5_0:
+                self.outbox.put(connection.encode(ConnAck(reason_code=code)))  # [MQTT5-3.1.4-1]
+            elif code is ReasonCode.UNSUPPORTED_PROTOCOL_VERSION:
+                self.outbox.put(UNSUPPORTED_VERSION_3)
+        self.end(code, str(exc))
+
+    # What the broker asks for
+
+    def end(self, reason_code: ReasonCode | None, text: str = "") -> None:
+        """End the connection; see ClientLink. DISCONNECT is for 5.0 clients after their CONNACK [MQTT5-3.14.0-1]."""
+        if self.ended:
+            return
+        self.ended = True
+        self.end_reason, self.end_text = reason_code, text
+        if (
+            reason_code is not None
+            and self.lane is not None
+            and self.connection.protocol_version == ProtocolVersion.MQTT_5_0
+        ):
+            self.outbox.put(self.connection.encode(Disconnect(reason_code)))
+        self.broker.connection_lost(self, trio.current_time())
+        self.changed.set()
+
+    def pause(self, owner: object) -> None:
+        """Stop handling this client's bytes."""
+        self._paused_by.add(id(owner))
+        self.reading_changed()
+
+    def resume(self, owner: object) -> None:
+        """Handle what is there, in order, and read on."""
+        self._paused_by.discard(id(owner))
+        if self._paused_by or self.ended:
+            return
+        now = trio.current_time()
+        self.last_packet_at = now  # silence while we did not listen is not the client's
+        packet, self._stalled = self._stalled, None
+        try:
+            if packet is not None and not self.broker.handle(self, packet, now):
+                self._stalled = packet
+                return
+            self._handle(now)
+        except RemoteProtocolError as exc:
+            self._protocol_error(exc)
+        self.deadline_changed()
+        self.reading_changed()
+
+    @property
+    def paused(self) -> bool:
+        """True while the client's bytes are not handled."""
+        return bool(self._paused_by)
+
+    def deadline_changed(self) -> None:
+        """Wake the supervising task to look at its deadline again."""
+        self.changed.set()
+
+    # The one task
+
+    def silence_deadline(self) -> float:
+        """Monotonic instant at which the client has been silent for too long."""
+        if self.silence_limit is None or (self.session is not None and self._paused_by):
+            return float("inf")
+        return self.last_packet_at + self.silence_limit
+
+    async def supervise(self) -> None:
+        """The client's one task, from its first byte to its last. Cancelled, it ends the client without a farewell."""
+        try:
+            while not self.ended:
+                self.changed = trio.Event()
+                with trio.move_on_at(self.silence_deadline()):
+                    await self.changed.wait()
+                if not self.ended and trio.current_time() >= self.silence_deadline():
+                    await self._end_silent()
+            self.broker.flush()
+            with trio.move_on_after(CLOSE_GRACE):
+                await self.drained()
+                if self.codec is not None and self.codec.closed is None:
+                    self.send_raw(close_frame(1000))
+                    await self.drained()
+        finally:
+            self.end(None, "cancelled")
+            self.broker.flush()
+            self.release()
+            self.broker.metrics.connections_closed += 1
+
+    async def _end_silent(self) -> None:
+        """End a silent client, unless what it sent is still unread: reading late is our fault, not its silence."""
+        if await self.has_input() or self.ended or trio.current_time() < self.silence_deadline():
+            return
+        metrics = self.broker.metrics
+        if self.session is None:
+            metrics.connections_timed_out += 1
+            self.end(None, f"no CONNECT within {self.connect_timeout:g} s")
+        else:
+            metrics.keep_alive_timeouts += 1
+            self.end(ReasonCode.KEEP_ALIVE_TIMEOUT, "silent for 1.5 times its Keep Alive")
+
+    def failed(self, exc: Exception) -> None:
+        """Our own error while this client's bytes were handled: it ends this client and nobody else."""
+        self.broker.metrics.client_failures += 1
+        client_id = self.session.client_id if self.session is not None else ""
+        logger.error("client %r at %s ended by an error of the broker", client_id, self.peer, exc_info=exc)
+        self.end(ReasonCode.UNSPECIFIED_ERROR, "internal error")
+
+    def wrap(self, data: bytes) -> bytes:
+        """Make one WebSocket frame of what leaves, where the client speaks WebSocket."""
+        return data if self.codec is None else frame(data)
+
+    # What drivers do
+
+    def flush(self) -> None:
+        """Send what is in the outbox, or have it sent. Never blocks; a failure ends this link only."""
+        raise NotImplementedError
+
+    def send_raw(self, data: bytes) -> None:
+        """Send bytes that are no MQTT (WebSocket control frames), behind what was flushed before."""
+        raise NotImplementedError
+
+    def reading_changed(self) -> None:
+        """`paused` changed: read from the client, or do not."""
+        raise NotImplementedError
+
+    async def has_input(self) -> bool:
+        """Handle what has arrived and is not read yet; True when there was something."""
+        raise NotImplementedError
+
+    async def drained(self) -> None:
+        """Wait until everything flushed has left."""
+        raise NotImplementedError
+
+    def release(self) -> None:
+        """Leave the driver and close. Never blocks."""
+        raise NotImplementedError

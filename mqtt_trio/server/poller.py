@@ -1,0 +1,232 @@
+"""Plain sockets on one level-triggered epoll (Linux): one task reads every ready client, then flushes each once.
+
+A client costs no epoll_ctl and no task switch per message; its own task only supervises. Whatever goes wrong while
+its bytes are handled ends that client and nobody else.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+from typing import Final
+
+import trio
+from trio.lowlevel import wait_readable
+
+from mqtt_trio.broker.broker import Broker
+from mqtt_trio.protocol.frames import FrameDecoder
+from mqtt_trio.server.link import Link
+
+RECEIVE_SIZE: Final = 262_144
+"""Bytes read from one client in one wake."""
+EVENTS: Final = 512
+"""Clients served in one wake; the others are ready at the next one."""
+BACKLOG_FACTOR: Final = 2
+"""A backlog beyond this many OutboxBytes ends the client: only answers to its own packets can make it so large."""
+
+
+class SocketLink(Link):
+    """A Link on a non-blocking socket that the Poller watches."""
+
+    __slots__ = ("_drained", "backlog", "fd", "poller", "sock")
+
+    def __init__(
+        self,
+        broker: Broker,
+        sock: socket.socket,
+        poller: Poller,
+        *,
+        peer: str,
+        listener: str,
+        connect_timeout: float,
+        codec: FrameDecoder | None = None,
+    ) -> None:
+        super().__init__(broker, peer=peer, listener=listener, connect_timeout=connect_timeout, codec=codec)
+        self.sock = sock
+        self.fd = sock.fileno()
+        self.poller = poller
+        self.backlog: bytearray | None = None
+        """Bytes that the socket would not take."""
+        self._drained: trio.Event | None = None
+        poller.add(self)
+
+    def flush(self) -> None:
+        """Send the outbox in one call; what the socket does not take waits for the poller."""
+        outbox = self.outbox
+        frames = outbox.frames
+        if not frames:
+            return
+        outbox.frames = []
+        data = frames[0] if len(frames) == 1 else b"".join(frames)
+        try:
+            self._send(data if self.codec is None else self.wrap(data))
+            if self.backlog is None:
+                outbox.room = outbox.limit
+                if outbox.starved and not self.ended:
+                    self.broker.has_room(outbox, trio.current_time())
+        except Exception as exc:
+            self.failed(exc)
+
+    def send_raw(self, data: bytes) -> None:
+        """Send bytes at once, or behind the backlog."""
+        if self.outbox.frames:
+            self.flush()
+        self._send(data)
+
+    def _send(self, data: bytes) -> None:
+        if self.backlog is not None:
+            self.backlog += data
+            self._bound_backlog()
+            return
+        try:
+            sent = self.sock.send(data)
+        except BlockingIOError:
+            sent = 0
+        except OSError as exc:
+            self._give_up(f"sending failed: {exc.strerror}")
+            return
+        self.broker.metrics.bytes_sent += sent
+        if sent < len(data):
+            self.backlog = bytearray(memoryview(data)[sent:])
+            self.outbox.room = self.outbox.limit - len(self.backlog)
+            self.poller.watch(self)
+            self._bound_backlog()
+
+    def _bound_backlog(self) -> None:
+        if self.backlog is not None and len(self.backlog) > BACKLOG_FACTOR * self.outbox.limit + RECEIVE_SIZE:
+            self._give_up("the client does not read the answers to its own packets")
+
+    def _give_up(self, text: str) -> None:
+        """Nothing can be sent any more."""
+        self.backlog = None
+        self.outbox.frames = []
+        if self._drained is not None:
+            self._drained.set()
+        self.end(None, text)
+        self.outbox.frames = []
+
+    def write_backlog(self) -> None:
+        """The socket takes bytes again."""
+        backlog = self.backlog
+        if backlog is None:
+            return
+        sent = self.sock.send(backlog)
+        self.broker.metrics.bytes_sent += sent
+        self.outbox.room += sent
+        if sent < len(backlog):
+            del backlog[:sent]
+            return
+        self.backlog = None
+        self.outbox.room = self.outbox.limit
+        self.poller.watch(self)
+        if self._drained is not None:
+            self._drained.set()
+        if self.outbox.starved and not self.ended:
+            self.broker.has_room(self.outbox, trio.current_time())
+
+    def read(self, now: float) -> None:
+        """Read once and handle it."""
+        try:
+            data = self.sock.recv(RECEIVE_SIZE)
+        except BlockingIOError:
+            return
+        if data:
+            self.receive(data, now)
+        else:
+            self.end(None, "the client closed the network connection")
+
+    def ready(self, event: int, now: float) -> None:
+        """Serve one epoll event."""
+        try:
+            if event & select.EPOLLOUT:
+                self.write_backlog()
+            if event & ~select.EPOLLOUT:
+                if self.ended or self.paused:
+                    # Not read from; only a hang-up gets here, and it would come back at once.
+                    if event & (select.EPOLLHUP | select.EPOLLERR):
+                        self._give_up("the network connection broke")
+                        self.poller.remove(self)
+                else:
+                    self.read(now)
+        except OSError as exc:
+            self._give_up(f"the network connection broke: {exc.strerror}")
+        except Exception as exc:
+            self.failed(exc)
+        if self.ended:
+            self.poller.watch(self)
+
+    def reading_changed(self) -> None:
+        self.poller.watch(self)
+
+    async def has_input(self) -> bool:
+        """Read once more before silence is believed."""
+        await trio.lowlevel.checkpoint()
+        before = self.last_packet_at
+        if not self.ended and not self.paused:
+            self.ready(select.EPOLLIN, trio.current_time())
+            self.broker.flush()
+        return self.last_packet_at != before
+
+    async def drained(self) -> None:
+        """Wait until the backlog has left."""
+        await trio.lowlevel.checkpoint()
+        while self.backlog is not None:
+            self._drained = trio.Event()
+            await self._drained.wait()
+
+    def release(self) -> None:
+        self.poller.remove(self)
+        self.sock.close()
+
+
+class Poller:
+    """The one task that reads from and writes to plain sockets."""
+
+    def __init__(self, broker: Broker) -> None:
+        self.broker = broker
+        self.epoll = select.epoll()
+        self.links: dict[int, SocketLink] = {}
+
+    def add(self, link: SocketLink) -> None:
+        """Watch a link from now on."""
+        self.links[link.fd] = link
+        self.epoll.register(link.fd, select.EPOLLIN)
+
+    def remove(self, link: SocketLink) -> None:
+        """Watch a link no more. Idempotent."""
+        if self.links.get(link.fd) is link:
+            del self.links[link.fd]
+            self.epoll.unregister(link.fd)
+
+    def watch(self, link: SocketLink) -> None:
+        """Watch for what the link needs now: input unless paused or ended, room while there is a backlog."""
+        if self.links.get(link.fd) is link:
+            reading = 0 if link.paused or link.ended else select.EPOLLIN
+            writing = 0 if link.backlog is None else select.EPOLLOUT
+            self.epoll.modify(link.fd, reading | writing)
+
+    async def run(self) -> None:
+        """Serve until cancelled."""
+        epoll, links, broker = self.epoll, self.links, self.broker
+        fd = epoll.fileno()
+        try:
+            while True:
+                await wait_readable(fd)
+                now = trio.current_time()
+                for link_fd, event in epoll.poll(0, EVENTS):
+                    # An earlier event of the same wake may have ended this one.
+                    link = links.get(link_fd)
+                    if link is not None:
+                        link.ready(event, now)
+                broker.flush()
+        finally:
+            epoll.close()
+
+
+def take_socket(stream: trio.SocketStream) -> socket.socket:
+    """Take the socket out of a trio stream, which is closed; the connection stays open."""
+    sock = socket.socket(fileno=os.dup(stream.socket.fileno()))
+    stream.socket.close()
+    sock.setblocking(False)
+    return sock

@@ -1,0 +1,130 @@
+"""The same Link on any trio Stream: memory streams in tests, later TLS and Unix sockets."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import trio
+
+from mqtt_trio.broker.broker import Broker
+from mqtt_trio.protocol.frames import FrameDecoder
+from mqtt_trio.server.link import Link
+
+RECEIVE_SIZE: Final = 65_536
+
+
+class StreamLink(Link):
+    """A Link with a reader and a writer task; `serve` is the client's supervising task."""
+
+    __slots__ = ("_idle", "_resumed", "_sending", "_wake", "raw", "stream")
+
+    def __init__(
+        self,
+        broker: Broker,
+        stream: trio.abc.Stream,
+        *,
+        peer: str,
+        listener: str,
+        connect_timeout: float,
+        codec: FrameDecoder | None = None,
+    ) -> None:
+        super().__init__(broker, peer=peer, listener=listener, connect_timeout=connect_timeout, codec=codec)
+        self.stream = stream
+        self.raw: list[bytes] = []
+        """WebSocket control frames that wait."""
+        self._wake = trio.Event()
+        self._idle = trio.Event()
+        self._resumed = trio.Event()
+        self._sending = 0
+        """Bytes that the writer has taken and the stream has not."""
+
+    async def serve(self, rest: bytes = b"") -> None:
+        """Drive the connection to its end; `rest` are bytes that were read before. Closes the stream."""
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._read, rest)
+                nursery.start_soon(self._write)
+                await self.supervise()
+                nursery.cancel_scope.cancel()
+        finally:
+            await trio.aclose_forcefully(self.stream)
+
+    async def _read(self, rest: bytes) -> None:
+        data: bytes | bytearray = rest
+        try:
+            while not self.ended:
+                if data:
+                    self._receive(bytes(data))
+                while self.paused and not self.ended:
+                    self._resumed = trio.Event()
+                    await self._resumed.wait()
+                data = await self.stream.receive_some(RECEIVE_SIZE)
+                if not data:
+                    self.end(None, "the client closed the network connection")
+        except (trio.BrokenResourceError, trio.ClosedResourceError, OSError) as exc:
+            self.end(None, f"the network connection broke: {exc}")
+        self.broker.flush()
+
+    def _receive(self, data: bytes) -> None:
+        try:
+            self.receive(data, trio.current_time())
+        except Exception as exc:
+            self.failed(exc)
+        self.broker.flush()
+
+    async def _write(self) -> None:
+        outbox = self.outbox
+        try:
+            while True:
+                while not outbox.frames and not self.raw:
+                    self._idle.set()
+                    self._wake = trio.Event()
+                    await self._wake.wait()
+                frames, outbox.frames = outbox.frames, []
+                raw, self.raw = self.raw, []
+                data = (self.wrap(b"".join(frames)) if frames else b"") + b"".join(raw)
+                self._sending = len(data)
+                await self.stream.send_all(data)
+                self.broker.metrics.bytes_sent += len(data)
+                self._sending = 0
+                outbox.room = outbox.limit - sum(map(len, outbox.frames))
+                if outbox.starved and not self.ended:
+                    self.broker.has_room(outbox, trio.current_time())
+                    self.broker.flush()
+        except (trio.BrokenResourceError, trio.ClosedResourceError, OSError) as exc:
+            outbox.frames, self.raw = [], []
+            self.end(None, f"sending failed: {exc}")
+            self._idle.set()
+            self.broker.flush()
+
+    def flush(self) -> None:
+        """Wake the writer; a client that does not read the answers to its own packets is ended."""
+        if self.outbox.room < -self.outbox.limit:
+            self.outbox.frames = []
+            self.end(None, "the client does not read the answers to its own packets")
+        self._wake.set()
+
+    def send_raw(self, data: bytes) -> None:
+        self.raw.append(data)
+        self._wake.set()
+
+    def reading_changed(self) -> None:
+        if not self.paused:
+            self._resumed.set()
+
+    async def has_input(self) -> bool:
+        """Let the reader run first."""
+        before = self.last_packet_at
+        for _ in range(2):
+            await trio.lowlevel.checkpoint()
+        return self.last_packet_at != before
+
+    async def drained(self) -> None:
+        """Wait until the writer has nothing left."""
+        await trio.lowlevel.checkpoint()
+        while self.outbox.frames or self.raw or self._sending:
+            self._idle = trio.Event()
+            await self._idle.wait()
+
+    def release(self) -> None:
+        self._resumed.set()
