@@ -63,7 +63,7 @@ CLIENT_NEXT_STATE: Final[dict[tuple[int, int], State]] = {
     (State.CONNECTED, PacketType.DISCONNECT): State.DISCONNECTED,
 }
 
-FLAGS: Final = {packet_type: 0 for packet_type in PacketType if packet_type != PacketType.PUBLISH} | {
+FLAGS: Final[dict[int, int]] = {packet_type: 0 for packet_type in PacketType if packet_type != PacketType.PUBLISH} | {
     PacketType.PUBREL: 2,
     PacketType.SUBSCRIBE: 2,
     PacketType.UNSUBSCRIBE: 2,
@@ -168,7 +168,7 @@ class _Connection:
                 self._keep(start, 0)
                 return None
             new_state = self._check_header(buffer, start, header)
-            body_start, body_end = header
+            body_end = header[1]
             if body_end > len(buffer):
                 self._keep(start, body_end - start)
                 return None

@@ -164,7 +164,7 @@ class FrameDecoder:
         mask = data[body - 4 : body] if self._masked else b""
         chunk = data[body:stop]
         if stop > len(data):
-            self._remaining, self._mask = stop - len(data), mask
+            self._remaining = stop - len(data)
             turn = len(chunk) & 3
             self._mask = mask[turn:] + mask[:turn]
             stop = len(data)

@@ -243,8 +243,7 @@ def write_message_properties(properties: MessageProperties, message_expiry_inter
         pieces.append(b"\x08" + wire.write_string(properties.response_topic))
     if properties.correlation_data is not None:
         pieces.append(b"\x09" + wire.write_binary(properties.correlation_data))
-    for pair in properties.user_properties:
-        pieces.append(b"\x26" + wire.write_string_pair(pair))  # in order [MQTT5-3.3.2-18]
+    pieces += [b"\x26" + wire.write_string_pair(pair) for pair in properties.user_properties]  # [MQTT5-3.3.2-18]
     return b"".join(pieces)
 
 
