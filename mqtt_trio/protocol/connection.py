@@ -14,7 +14,7 @@ import attrs
 from mqtt_trio.errors import LocalProtocolError, MalformedPacketError, PacketTooLargeError, RemoteProtocolError
 from mqtt_trio.protocol import packets as p
 from mqtt_trio.protocol.codes import PacketType, ProtocolVersion, ReasonCode
-from mqtt_trio.protocol.decode import DECODERS, read_protocol_version
+from mqtt_trio.protocol.decode import DECODERS, decode_publish, read_protocol_version
 from mqtt_trio.protocol.encode import encode
 from mqtt_trio.protocol.wire import MAXIMUM_POSSIBLE_PACKET_SIZE, Header, read_header
 
@@ -63,7 +63,8 @@ CLIENT_NEXT_STATE: Final[dict[tuple[int, int], State]] = {
     (State.CONNECTED, PacketType.DISCONNECT): State.DISCONNECTED,
 }
 
-FLAGS: Final[dict[int, int]] = {packet_type: 0 for packet_type in PacketType if packet_type != PacketType.PUBLISH} | {
+FLAGS: Final[dict[int, int]] = {
+    **{packet_type: 0 for packet_type in PacketType if packet_type != PacketType.PUBLISH},
     PacketType.PUBREL: 2,
     PacketType.SUBSCRIBE: 2,
     PacketType.UNSUBSCRIBE: 2,
@@ -172,13 +173,17 @@ class _Connection:
             if body_end > len(buffer):
                 self._keep(start, body_end - start)
                 return None
-            packet_type = buffer[start] >> 4
-            packet = self._decode(packet_type, buffer[start] & 15, buffer, header)
+            packet: p.Packet
+            if (packet_type := buffer[start] >> 4) == PacketType.PUBLISH:
+                packet = decode_publish(buffer[start] & 15, buffer, header[0], body_end, self.protocol_version)
+                if packet.topic_alias is not None or packet.subscription_identifiers:
+                    self._check_publish(packet)
+            else:
+                packet = self._decode(packet_type, buffer[start] & 15, buffer, header)
+                new_state = self._after(packet, new_state)
         except RemoteProtocolError:
             self._stop(State.FAILED)
             raise
-        if packet_type != PacketType.PUBLISH:
-            new_state = self._after(packet, new_state)
         self.state, self.start = new_state, body_end
         if new_state is State.DISCONNECTED:
             self._stop(new_state)  # whatever comes behind the last word is ignored
@@ -248,7 +253,12 @@ class _Connection:
         return packet
 
     def _check(self, packet: p.Packet) -> None:
-        """Raise RemoteProtocolError where the packet is fine by itself but not on this connection."""
+        """Raise RemoteProtocolError where the packet (no PUBLISH) is fine by itself but not on this connection."""
+
+    def _check_publish(self, packet: p.Publish) -> None:
+        """Handle what a PUBLISH has beyond the message: Topic Alias, Subscription Identifiers."""
+        if packet.topic_alias is not None:
+            self._resolve_alias(packet, packet.topic_alias)
 
     def _after(self, packet: p.Packet, new_state: State) -> State:
         """Learn from an accepted packet (no PUBLISH); return the state that follows."""
@@ -329,18 +339,18 @@ class ServerConnection(_Connection):
         self.version_known = True
 
     def _check(self, packet: p.Packet) -> None:
-        if isinstance(packet, p.Publish):
-            if packet.subscription_identifiers:
-                raise RemoteProtocolError("a Client's PUBLISH with a Subscription Identifier")  # [MQTT5-3.3.4-6]
-            if packet.topic_alias is not None:
-                self._resolve_alias(packet, packet.topic_alias)
-        elif isinstance(packet, p.Disconnect):
+        if isinstance(packet, p.Disconnect):
             if packet.session_expiry_interval and self._session_expires_at_end:
                 raise RemoteProtocolError("Session Expiry Interval was 0 and cannot be raised")  # [MQTT5-3.14.2.2.2]
             if packet.server_reference is not None:
                 raise MalformedPacketError("a Client's DISCONNECT with a Server Reference")
         elif isinstance(packet, p.Auth):
             self._check_auth(packet)
+
+    def _check_publish(self, packet: p.Publish) -> None:
+        if packet.subscription_identifiers:
+            raise RemoteProtocolError("a Client's PUBLISH with a Subscription Identifier")  # [MQTT5-3.3.4-6]
+        super()._check_publish(packet)
 
     def _check_auth(self, packet: p.Auth) -> None:
         if self._authentication_method is None:
@@ -389,10 +399,7 @@ class ClientConnection(_Connection):
         return super().encode(packet)
 
     def _check(self, packet: p.Packet) -> None:
-        if isinstance(packet, p.Publish):
-            if packet.topic_alias is not None:
-                self._resolve_alias(packet, packet.topic_alias)
-        elif isinstance(packet, p.Disconnect):
+        if isinstance(packet, p.Disconnect):
             if self.protocol_version is not V5:
                 raise MalformedPacketError("a 3.x Server does not send DISCONNECT")
             if packet.session_expiry_interval is not None:
