@@ -183,9 +183,9 @@ def _encode_properties(properties: MessageProperties) -> tuple[int, bytes]:
     return present, b"".join(parts)
 
 
-def encode_items(items: Iterable[Item]) -> bytes:
-    """The body of a batch. Runs side by side of one client, QoS, version and instant become one run."""
-    parts: list[bytes] = []
+def encode_items(items: Iterable[Item], head: bytes = b"") -> bytes:
+    """The body of a batch behind `head`. Runs side by side of one client, QoS, version and instant become one run."""
+    parts = [head]
     add = parts.append
     last: FrameRun | None = None
     count = size = place = 0

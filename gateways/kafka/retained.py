@@ -1,0 +1,218 @@
+"""Retained messages of the cluster: the compacted topic mqtt.retained [K23].
+
+Every node writes what its clients retain and reads everything from the beginning. The order of the log decides, so
+all nodes end with the same message: a node whose own record for a topic is still on its way ignores what others wrote
+for it, since its own record lies behind theirs. Records of one topic that wait here give way to the newest one.
+"""
+
+from __future__ import annotations
+
+import logging
+import struct
+from collections.abc import Callable
+from functools import partial
+from typing import Final
+
+import attrs
+
+from gateways.kafka.bus_records import (
+    FORMAT_VERSION,
+    RUN_OVERHEAD,
+    BusRecordError,
+    Kind,
+    UnknownVersionError,
+    check_topic,
+    decode_header,
+    decode_items,
+    encode_header,
+    encode_message,
+)
+from gateways.kafka.partitions import partition_for
+from gateways.kafka.records import ConsumedRecord, Record
+from mqtt_trio.gateway import LocalClient, Message
+
+log = logging.getLogger("gateways.kafka.retained")
+
+MAX_OUTSTANDING: Final = 2000
+"""Records that Kafka has not confirmed. Outcome: newer ones wait, one per topic."""
+VERSION_HEADER: Final = "mqtt.version"
+NODE_HEADER: Final = "mqtt.node"
+INSTANCE_HEADER: Final = "mqtt.instance"
+SEQUENCE_HEADER: Final = "mqtt.sequence"
+SEQUENCE: Final = struct.Struct(">Q")
+
+
+@attrs.define
+class OwnRecord:
+    """The newest record of this node for one topic, until it is read back."""
+
+    sequence: int = 0
+    """0: not shipped yet."""
+    ignored: Message | None = None
+    """What lies before it in the log: the last word, should it fail."""
+
+
+class Retained:
+    """Writes and reads mqtt.retained for one node. Trio thread only."""
+
+    def __init__(
+        self,
+        topic: str,
+        node_id: str,
+        instance_id: bytes,
+        offer: Callable[[Record], None],
+        *,
+        local: LocalClient,
+        settled: Callable[[int], None],
+    ) -> None:
+        """`settled` is told the bytes that need no room any more."""
+        self.topic = topic
+        self.partitions = 1
+        """Partitions of the topic; set before the first `ship`."""
+        self.maximum_size = 1_000_000
+        """Bytes of the largest value; set before the first `ship`."""
+        self.local = local
+        self.pending: dict[bytes, Message] = {}
+        self.outstanding = 0
+        self.sent = 0
+        self.received = 0
+        self.too_large = 0
+        self.dropped = 0
+        self.malformed = 0
+        self.unknown_version = 0
+        self.failed = 0
+        self._instance_id = instance_id
+        self._offer = offer
+        self._settled = settled
+        self._node_id = node_id
+        self._own: dict[bytes, OwnRecord] = {}
+        self._sequences: dict[int, int] = {}
+        self._read_back: dict[int, int] = {}
+
+    # --- out
+
+    def take(self, message: Message) -> int:
+        """Take a message with RETAIN 1; return how many more bytes wait because of it."""
+        key = message.topic_name.encode()
+        before = self.pending.get(key)
+        self.pending[key] = message
+        if before is None:
+            self._own.setdefault(key, OwnRecord()).sequence = 0
+            return RUN_OVERHEAD + message.size
+        return message.size - before.size
+
+    def ship(self, *, everything: bool = False) -> None:
+        """Hand what waits to Kafka, as far as there is room, or `everything`."""
+        while self.pending and (everything or self.outstanding < MAX_OUTSTANDING):
+            key = next(iter(self.pending))
+            message = self.pending.pop(key)
+            self._ship(key, message, RUN_OVERHEAD + message.size)
+
+    def _ship(self, key: bytes, message: Message, size: int) -> None:
+        number = partition_for(key, self.partitions)
+        sequence = self._sequences.get(number, 0) + 1
+        value: bytes | None = None
+        if message.payload:  # an empty one removes the message [MQTT5-3.3.1-6]: a tombstone
+            try:
+                value = encode_header(Kind.BATCH, self._instance_id, self._node_id, sequence) + encode_message(message)
+            except BusRecordError:
+                self.failed += 1
+                self._own.pop(key, None)
+                self._settled(size)
+                return
+            if len(value) + len(key) > self.maximum_size:
+                self.too_large += 1
+                log.warning(
+                    "retained message of %d bytes is too large for %s: only this node has it", len(value), self.topic
+                )
+                value = None  # the others at least lose the outdated one
+        self._sequences[number] = sequence
+        self._own[key].sequence = sequence
+        self.outstanding += 1
+        headers = (
+            (VERSION_HEADER, bytes((FORMAT_VERSION,))),
+            (NODE_HEADER, self._node_id.encode()),
+            (INSTANCE_HEADER, self._instance_id),
+            (SEQUENCE_HEADER, SEQUENCE.pack(sequence)),
+        )
+        done = partial(self._done, key, sequence, size)
+        self._offer(Record(self.topic, number, key, value, headers, int(message.published_at * 1000), done, messages=0))
+
+    def _done(self, key: bytes, sequence: int, size: int, failure: Exception | None) -> None:
+        self.outstanding -= 1
+        self._settled(size)
+        if failure is None:
+            self.sent += 1
+        else:
+            self.failed += 1
+            log.warning("retained message of topic %r is on this node only: %s", key.decode(), failure)
+            own = self._own.get(key)
+            if own is not None and own.sequence == sequence:
+                del self._own[key]
+                if own.ignored is not None:  # theirs is the last word then
+                    self.local.set_retained(own.ignored)
+        if self.pending:
+            self.ship()
+
+    def counters(self) -> dict[str, int]:
+        """Counters by name."""
+        return {
+            "retained_records_sent": self.sent,
+            "retained_records_received": self.received,
+            "retained_records_failed": self.failed,
+            "retained_messages_dropped": self.dropped,
+            "retained_messages_too_large": self.too_large,
+            "retained_records_malformed": self.malformed,
+            "retained_records_unknown_version": self.unknown_version,
+        }
+
+    # --- in
+
+    def receive(self, record: ConsumedRecord) -> None:
+        """Apply one record of the topic, in the order of the log. Garbage is counted."""
+        self.received += 1
+        try:
+            message = self._decode(record)
+        except BusRecordError as exc:
+            self.unknown_version += isinstance(exc, UnknownVersionError)
+            self.malformed += not isinstance(exc, UnknownVersionError)
+            log.debug("%s-%d@%d: %s", record.topic, record.partition, record.offset, exc)
+            return
+        if not self._is_ours_behind(record, message):
+            self.local.set_retained(message)
+
+    def _is_ours_behind(self, record: ConsumedRecord, message: Message) -> bool:
+        """Whether a record of this node for the topic lies behind `record`; keeps account of what was read back."""
+        headers = dict(record.headers)
+        number = record.partition
+        sequence = headers.get(SEQUENCE_HEADER, b"")
+        is_own = headers.get(INSTANCE_HEADER) == self._instance_id and len(sequence) == SEQUENCE.size
+        if is_own and (count := SEQUENCE.unpack(sequence)[0]) > self._read_back.get(number, 0):
+            self._read_back[number] = count
+        key = message.topic_name.encode()
+        own = self._own.get(key)
+        if own is None:
+            return False
+        if not own.sequence or own.sequence > self._read_back.get(number, 0):
+            own.ignored = message
+            return True
+        del self._own[key]
+        return False
+
+    def _decode(self, record: ConsumedRecord) -> Message:
+        if not record.key:
+            raise BusRecordError("a retained message without a key")
+        try:
+            topic = record.key.decode()
+        except UnicodeDecodeError:
+            raise BusRecordError("a key that is no UTF-8") from None
+        check_topic(topic)
+        if record.value is None:
+            return Message(topic, b"", retain=True, published_at=record.timestamp_ms / 1000)
+        header = decode_header(record.value)
+        items = decode_items(record.value, header.body_start)
+        if len(items) != 1 or not isinstance(message := items[0], Message) or message.topic_name != topic:
+            raise BusRecordError("no single message of the key's topic")
+        if header.kind is not Kind.BATCH or header.flags or not message.retain:
+            raise BusRecordError("no retained message")
+        return message
