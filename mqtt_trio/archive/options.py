@@ -1,15 +1,16 @@
-"""Options of one archive group, section [[ArchiveGroups]] of the configuration, and what may be merged."""
+"""Options of one archive group, section [[ArchiveGroups]] of the configuration, and which groups are one."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import Final
+from typing import Any, Final
 
 import attrs
+from attrs.validators import ge, gt, in_, optional
 
 from mqtt_trio.errors import ConfigError, RemoteProtocolError
-from mqtt_trio.protocol.topics import validate_topic_filter
+from mqtt_trio.protocol.topics import SHARE_PREFIX, validate_topic_filter
 
 STORES: Final = ("SQLITE", "KAFKA", "MEMORY", "NONE")
 FORMATS: Final = ("JSON", "AVRO", "RAW")
@@ -24,15 +25,42 @@ NAME_LENGTH: Final = 100
 _KAFKA_TOPIC: Final = re.compile(r"[A-Za-z0-9._-]{1,249}")
 
 
-def _as_filters(value: object) -> object:
-    """One filter stands for a list of one; anything that is no list of anything is left for the validator."""
-    if isinstance(value, str):
-        return (value,)
-    return tuple(value) if isinstance(value, (list, tuple)) else value
+def _as_filters(value: str | list[str] | tuple[str, ...]) -> tuple[str, ...]:
+    """One filter stands for a list of one."""
+    return (value,) if isinstance(value, str) else tuple(value)
 
 
-def _upper(value: object) -> object:
-    return value.upper() if isinstance(value, str) else value
+def _upper(value: str) -> str:
+    return value.upper()
+
+
+def _check_name(_instance: object, _attribute: attrs.Attribute[Any], name: str) -> None:
+    if not 1 <= len(name) <= NAME_LENGTH or not name.isprintable():
+        raise ValueError(f"expected 1 to {NAME_LENGTH} printable characters, got {name!r}")
+
+
+def _check_filters(_instance: object, _attribute: attrs.Attribute[Any], filters: tuple[str, ...]) -> None:
+    if not filters:
+        raise ValueError("expected a Topic Filter or a list of them, got an empty list")
+    if problems := [problem for topic_filter in filters if (problem := _filter_problem(topic_filter))]:
+        raise ValueError("; ".join(problems))
+
+
+def _filter_problem(topic_filter: str) -> str | None:
+    try:
+        validate_topic_filter(topic_filter)
+    except RemoteProtocolError as exc:
+        return f"{topic_filter!r} is not a Topic Filter: {exc}"
+    if topic_filter.startswith(SHARE_PREFIX):
+        return f"{topic_filter!r}: an archive group shares with nobody, give the filter without $share"
+    if topic_filter == "$SYS" or topic_filter.startswith("$SYS/"):
+        return f"{topic_filter!r}: $SYS topics are never archived"
+    return None
+
+
+def _check_kafka_topic(_instance: object, _attribute: attrs.Attribute[Any], topic: str | None) -> None:
+    if topic is not None and (not _KAFKA_TOPIC.fullmatch(topic) or topic in (".", "..")):
+        raise ValueError(f"expected 1 to 249 of the characters a-z A-Z 0-9 . _ -, got {topic!r}")
 
 
 @attrs.frozen(kw_only=True)
@@ -40,113 +68,52 @@ class ArchiveGroupOptions:
     """One archive group.
 
     Raises:
-      ConfigError: at construction; `problems` names every mistake, each beginning with the key as the file has it.
+      ValueError: at construction, from the validator of one attribute or because attributes do not fit together.
     """
 
-    name: str
+    name: str = attrs.field(validator=_check_name)
     """Distinct among the groups; names the SQLite file, stands in logs."""
-    filter: tuple[str, ...] = attrs.field(default=("#",), converter=_as_filters)
+    filter: tuple[str, ...] = attrs.field(default=("#",), converter=_as_filters, validator=_check_filters)
     """Topic Filters; a message that matches any of them is kept once. One filter may be given as a plain string."""
     enabled: bool = True
-    store: str = attrs.field(default="SQLITE", converter=_upper)
+    store: str = attrs.field(default="SQLITE", converter=_upper, validator=in_(STORES))
     """SQLITE, KAFKA, MEMORY or NONE."""
-    retention: float | None = None
+    retention: float | None = attrs.field(default=None, validator=optional(gt(0)), metadata={"unit": "seconds"})
     """Seconds that a message is kept, None: no bound. For SQLITE and MEMORY; a Kafka topic has `retention.ms`."""
-    max_size: int | None = None
+    max_size: int | None = attrs.field(
+        default=None, validator=optional(ge(MINIMUM_MAX_SIZE)), metadata={"unit": "bytes"}
+    )
     """Bytes that the store may take, its write-ahead log included; the oldest messages go first. None: SQLITE has
-    no bound, MEMORY 64 MiB."""
-    kafka_topic: str | None = None
+    no bound, MEMORY 64 MiB. SQLITE does not keep a message of more than a quarter of it, and counts it as failed."""
+    kafka_topic: str | None = attrs.field(default=None, validator=_check_kafka_topic)
     """Where a KAFKA group writes; None: the Archive topic of [Kafka.Topics]."""
-    ack: str = "none"
-    """none: PUBACK and PUBREC do not wait for the store; store: they do (refused by the configuration until built)."""
-    on_outage: str | None = None
-    """spool, reject or drop while the store is away; None: what the store does by itself."""
-    format: str = attrs.field(default="JSON", converter=_upper)
-    timestamp_format: str = "iso"
-    window_messages: int = 100_000
+    ack: str = attrs.field(default="none", validator=in_(ACKS))
+    """none: PUBACK and PUBREC do not wait for the store; store: they do (not built yet, so `config` refuses it)."""
+    on_outage: str | None = attrs.field(default=None, validator=optional(in_(OUTAGE_POLICIES)))
+    """What happens while the store is away; None: the window fills, then its outcome (the others are not built)."""
+    format: str = attrs.field(default="JSON", converter=_upper, validator=in_(FORMATS))
+    """How a KAFKA group writes its records."""
+    timestamp_format: str = attrs.field(default="iso", validator=in_(TIMESTAMP_FORMATS))
+    """How JSON records give the publish time."""
+    window_messages: int = attrs.field(default=100_000, validator=ge(1))
     """Messages taken and not yet stored. Outcome: QoS 0 is dropped and counted; a QoS 1 or 2 message is taken and
     its acknowledgement waits until it is inside the window."""
-    window_bytes: int = 64 * 1024 * 1024
-    """Bytes of the same messages, same outcome; at twice as many no QoS 1 or 2 PUBLISH is handled any more."""
+    window_bytes: int = attrs.field(default=64 * 1024 * 1024, validator=ge(65_536), metadata={"unit": "bytes"})
+    """Bytes of the same messages, same outcome; beyond twice as many no QoS 1 or 2 PUBLISH is handled any more."""
 
     def __attrs_post_init__(self) -> None:
-        problems = [*_identity_problems(self), *_filter_problems(self.filter), *_choice_problems(self)]
-        problems += [*_bound_problems(self), *_kafka_problems(self)]
-        if problems:
-            raise ConfigError(problems)
+        if problems := list(_misfits(self)):
+            raise ValueError("; ".join(problems))
 
 
-def _identity_problems(options: ArchiveGroupOptions) -> Iterable[str]:
-    name: object = options.name
-    if not isinstance(name, str) or not 1 <= len(name) <= NAME_LENGTH:
-        yield f"Name: expected 1 to {NAME_LENGTH} characters, found {name!r}"
-    elif not name.isprintable():
-        yield f"Name: expected printable characters, found {name!r}"
-    if not isinstance(options.enabled, bool):
-        yield f"Enabled: expected true or false, found {options.enabled!r}"
-
-
-def _filter_problems(filters: object) -> Iterable[str]:
-    if not isinstance(filters, tuple) or not filters:
-        yield f"Filter: expected a Topic Filter or a list of at least one, found {filters!r}"
-        return
-    items: tuple[object, ...] = filters
-    for index, topic_filter in enumerate(items):
-        key = "Filter" if len(filters) == 1 else f"Filter[{index}]"
-        if not isinstance(topic_filter, str):
-            yield f"{key}: expected a Topic Filter, found {topic_filter!r}"
-            continue
-        try:
-            validate_topic_filter(topic_filter)
-        except RemoteProtocolError as exc:
-            yield f"{key}: {topic_filter!r} is not a Topic Filter: {exc}"
-            continue
-        if topic_filter.startswith("$share/"):
-            yield f"{key}: {topic_filter!r}: an archive group cannot share a subscription, give the filter alone"
-        elif topic_filter == "$SYS" or topic_filter.startswith("$SYS/"):
-            yield f"{key}: {topic_filter!r}: $SYS topics are never archived"
-
-
-def _choice_problems(options: ArchiveGroupOptions) -> Iterable[str]:
-    choices: tuple[tuple[str, object, Sequence[str]], ...] = (
-        ("Store", options.store, STORES),
-        ("Ack", options.ack, ACKS),
-        ("OnOutage", "spool" if options.on_outage is None else options.on_outage, OUTAGE_POLICIES),
-        ("Format", options.format, FORMATS),
-        ("TimestampFormat", options.timestamp_format, TIMESTAMP_FORMATS),
-    )
-    for key, value, allowed in choices:
-        if value not in allowed:
-            yield f"{key}: expected one of {', '.join(allowed)}, found {value!r}"
-
-
-def _is_number(value: object, kinds: tuple[type, ...]) -> bool:
-    return isinstance(value, kinds) and not isinstance(value, bool)
-
-
-def _bound_problems(options: ArchiveGroupOptions) -> Iterable[str]:
-    retention, max_size = options.retention, options.max_size
-    if retention is not None and not (_is_number(retention, (int, float)) and retention > 0):
-        yield f"Retention: expected seconds above 0, found {retention!r}"
-    if max_size is not None and not (_is_number(max_size, (int,)) and max_size >= MINIMUM_MAX_SIZE):
-        yield f"MaxSize: expected bytes, at least {MINIMUM_MAX_SIZE} (1 MiB), found {max_size!r}"
-    bounds = (("WindowMessages", options.window_messages, 1), ("WindowBytes", options.window_bytes, 65_536))
-    for key, value, least in bounds:
-        if not (_is_number(value, (int,)) and value >= least):
-            yield f"{key}: expected a whole number of at least {least}, found {value!r}"
-
-
-def _kafka_problems(options: ArchiveGroupOptions) -> Iterable[str]:
-    topic: object = options.kafka_topic
+def _misfits(options: ArchiveGroupOptions) -> Iterable[str]:
     if options.store == "KAFKA":
         if options.retention is not None:
             yield "Retention: a KAFKA group keeps as long as its topic does, set retention.ms in the topic's Config"
         if options.max_size is not None:
             yield "MaxSize: a KAFKA group keeps as much as its topic does, set retention.bytes in the topic's Config"
-    elif topic is not None and options.store in STORES:
-        yield f'KafkaTopic: has no meaning with Store {options.store}; set Store = "KAFKA" or leave it out'
-    if topic is not None and (not isinstance(topic, str) or not _KAFKA_TOPIC.fullmatch(topic) or topic in (".", "..")):
-        yield f"KafkaTopic: expected 1 to 249 of the characters a-z A-Z 0-9 . _ -, found {topic!r}"
+    elif options.kafka_topic is not None:
+        yield f'KafkaTopic: has no meaning with Store = "{options.store}"; set Store = "KAFKA" or leave it out'
 
 
 def merge_groups(

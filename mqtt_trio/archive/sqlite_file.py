@@ -1,0 +1,269 @@
+"""One SQLite file of archived messages: schema, inserts, bounds. Blocking; used in the thread of `sqlite.SqliteStore`.
+
+The bound `max_size` holds for the file and its write-ahead log together. Three quarters belong to the pages of the
+database, the rest to the log: a transaction is cut so that it fits what is left of the log, and the log is folded
+into the file before it grows further. Room is made before rows are inserted, so pages are used again instead of
+added. (`-shm`, the log's index, is 32 KiB more. Another process that keeps a read transaction open keeps the log
+from being folded in; the log then grows until that reader is done.)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from mqtt_trio.broker.message import Message
+
+SCHEMA_VERSION: Final = 1
+"""`PRAGMA user_version` of the files that we write."""
+PAGE: Final = 4096
+"""Bytes of a page of a file that we make."""
+LOG_LIMIT: Final = 8 * 1024 * 1024
+"""Bytes of the write-ahead log from where on it is folded into the file."""
+LOG_RESERVE: Final = 64 * 1024 * 1024
+"""Bytes of `max_size` set aside for the log, at most: a single message may need them."""
+DELETE_ROWS: Final = 1000
+"""Rows deleted in one transaction."""
+TRANSACTION_ROWS: Final = 20_000
+ROW_OVERHEAD: Final = 200
+"""Bytes of a row, its keys and its index entries beside the text and payload that it holds."""
+
+SCHEMA: Final = """
+CREATE TABLE messages (
+  id INTEGER PRIMARY KEY,
+  timestamp_ms INTEGER NOT NULL,
+  topic TEXT NOT NULL,
+  payload BLOB NOT NULL,
+  qos INTEGER NOT NULL,
+  retained INTEGER NOT NULL,
+  client_id TEXT NOT NULL,
+  content_type TEXT,
+  response_topic TEXT,
+  correlation_data BLOB,
+  user_properties TEXT,
+  payload_format_indicator INTEGER,
+  message_expiry_interval INTEGER
+);
+CREATE INDEX messages_by_topic ON messages (topic, timestamp_ms);
+CREATE INDEX messages_by_time ON messages (timestamp_ms);
+"""
+COLUMNS: Final = (
+    "timestamp_ms",
+    "topic",
+    "payload",
+    "qos",
+    "retained",
+    "client_id",
+    "content_type",
+    "response_topic",
+    "correlation_data",
+    "user_properties",
+    "payload_format_indicator",
+    "message_expiry_interval",
+)
+_INSERT: Final = f"INSERT INTO messages ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))})"
+
+Row = tuple[object, ...]
+
+
+class ForeignFileError(Exception):
+    """The file is a database, but none that this version can use."""
+
+
+class MessageTooLargeError(Exception):
+    """A message that the bound leaves no room for."""
+
+
+def row_of(message: Message) -> Row:
+    """Return the values of COLUMNS; User Properties become a JSON list of [name, value]."""
+    p = message.properties
+    return (
+        round(message.published_at * 1000),
+        message.topic_name,
+        message.payload,
+        message.qos,
+        1 if message.retain else 0,
+        message.client_id,
+        p.content_type,
+        p.response_topic,
+        p.correlation_data,
+        json.dumps(p.user_properties, ensure_ascii=False) if p.user_properties else None,
+        p.payload_format_indicator,
+        p.message_expiry_interval,
+    )
+
+
+def cost_of(message: Message) -> int:
+    """Bytes that a message takes in the file, never too few."""
+    p = message.properties
+    # The topic stands in the row and in an index; characters take up to four bytes.
+    size = ROW_OVERHEAD + len(message.payload) + 8 * len(message.topic_name) + 4 * len(message.client_id)
+    for text in (p.content_type, p.response_topic):
+        if text:
+            size += 4 * len(text)
+    if p.correlation_data:
+        size += len(p.correlation_data)
+    for name, value in p.user_properties:
+        size += 8 + 4 * (len(name) + len(value))
+    return size if size < PAGE // 4 else size + PAGE  # a row that spills over has pages of its own
+
+
+class ArchiveFile:
+    """An open file.
+
+    Raises:
+      ForeignFileError: the file has another schema, or one of a later version.
+      sqlite3.Error: it cannot be opened or is no database.
+    """
+
+    def __init__(self, path: Path, *, max_size: int | None, synchronous: str) -> None:
+        self.path = path
+        self.max_size = max_size
+        self._log_path = f"{path}-wal"
+        self._reserve = LOG_RESERVE if max_size is None else min(max_size // 4, LOG_RESERVE)
+        self._budget = min(self._reserve // 2, LOG_LIMIT)
+        self._db = sqlite3.connect(path, timeout=1.0, isolation_level=None, check_same_thread=False)
+        try:
+            self._prepare(synchronous)
+        except BaseException:
+            self._db.close()
+            raise
+
+    def _prepare(self, synchronous: str) -> None:
+        run = self._db.execute
+        (version,) = run("PRAGMA user_version").fetchone()
+        tables = {name for (name,) in run("SELECT name FROM sqlite_schema WHERE type = 'table'")}
+        if version > SCHEMA_VERSION:
+            raise ForeignFileError(f"it has version {version}, this program knows up to {SCHEMA_VERSION}")
+        if tables and (version == 0 or "messages" not in tables):
+            raise ForeignFileError("it is another program's database")
+        if not tables:
+            run("PRAGMA auto_vacuum = INCREMENTAL")  # before the first table, or never
+        run("PRAGMA journal_mode = WAL").fetchone()
+        run(f"PRAGMA synchronous = {synchronous}")
+        run("PRAGMA wal_autocheckpoint = 0")  # `_fold_log` does it
+        if not tables:
+            self._db.executescript(f"BEGIN IMMEDIATE;{SCHEMA}PRAGMA user_version = {SCHEMA_VERSION};COMMIT;")
+        columns = {row[1] for row in run("PRAGMA table_info(messages)")}
+        if not columns.issuperset(COLUMNS):
+            raise ForeignFileError("its table messages has other columns")
+        (self._page,) = run("PRAGMA page_size").fetchone()
+        run("BEGIN IMMEDIATE")  # shows now, not at the first message, whether the file may be written
+        run("ROLLBACK")
+        self._fold_log()
+
+    def close(self) -> None:
+        """Close; the log is folded into the file and removed when nobody else has it open."""
+        self._db.close()
+
+    def fitting(self, messages: Sequence[Message], start: int) -> tuple[int, int]:
+        """Return how far a transaction that begins at `start` goes, and the bytes that it takes at most.
+
+        Raises:
+          MessageTooLargeError: the first message alone is too large for the bound.
+        """
+        budget = self._budget if self.max_size is not None else LOG_LIMIT
+        topics: set[str] = set()
+        total = 4 * PAGE  # the root, the pages that change whatever is inserted
+        end = min(len(messages), start + TRANSACTION_ROWS)
+        for at in range(start, end):
+            message = messages[at]
+            cost = cost_of(message)
+            if message.topic_name not in topics:
+                topics.add(message.topic_name)
+                cost += 2 * PAGE  # a leaf of the index, which may split
+            if total + cost > budget:
+                if at > start:
+                    return at, total
+                if self.max_size is not None and total + cost > self._reserve:
+                    raise MessageTooLargeError(
+                        f"a message of {len(message.payload)} bytes is too large for MaxSize = {self.max_size}; "
+                        f"it may have a quarter of that, at most {LOG_RESERVE}"
+                    )
+            total += cost
+        return end, total
+
+    def insert(self, messages: Sequence[Message], cost: int) -> None:
+        """Store messages in one transaction of at most `cost` bytes, having made room for it."""
+        if self.max_size is not None:
+            if self.log_size + cost > self._reserve:
+                self._fold_log()
+            self._make_room(cost)
+        self._transaction(_INSERT, [row_of(message) for message in messages])
+        if self.log_size >= self._budget:
+            self._fold_log()
+
+    def _transaction(self, statement: str, rows: Sequence[Row]) -> int:
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            changed = self._db.executemany(statement, rows).rowcount
+            self._db.execute("COMMIT")
+        except BaseException:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            raise
+        return changed
+
+    @property
+    def log_size(self) -> int:
+        """Bytes of the write-ahead log."""
+        try:
+            return os.stat(self._log_path).st_size
+        except FileNotFoundError:
+            return 0
+
+    def _fold_log(self) -> None:
+        self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()  # a reader in the way: busy, no error
+
+    # --- bounds ---
+
+    def _pages(self) -> tuple[int, int]:
+        """Return the pages of the file and those of them that are unused."""
+        (pages,) = self._db.execute("PRAGMA page_count").fetchone()
+        (unused,) = self._db.execute("PRAGMA freelist_count").fetchone()
+        return pages, unused
+
+    def _make_room(self, cost: int) -> None:
+        """Delete the oldest rows until `cost` bytes fit into the bound, and give back pages beyond it."""
+        if self.max_size is None:
+            return
+        limit, needed = (self.max_size - self._reserve) // self._page, -(-cost // self._page)
+        pages, unused = self._pages()
+        start = pages - unused
+        while pages - unused + needed > limit and self._delete_oldest(pages - unused, needed):
+            pages, unused = self._pages()
+            if start - (pages - unused) > 8 * needed and unused >= needed:
+                break  # a bound that was lowered a lot: the next transactions go on, this one need not wait for all
+        while pages > limit and unused:
+            self._db.execute(f"PRAGMA incremental_vacuum({self._budget // self._page})").fetchall()
+            self._fold_log()
+            before, (pages, unused) = pages, self._pages()
+            if pages >= before:
+                break
+
+    def _delete_oldest(self, used: int, needed: int) -> bool:
+        """Delete about as many of the oldest rows as `needed` pages hold, of `used`; say whether there were any."""
+        first, last = self._db.execute("SELECT min(id), max(id) FROM messages").fetchone()
+        if first is None:
+            return False
+        rows = last - first + 1  # ids have no gaps: only the oldest rows are ever deleted
+        chunk = min(max(2 * rows * needed // max(used, 1), 1), DELETE_ROWS, rows)
+        deleted = self._transaction("DELETE FROM messages WHERE id < ?", [(first + chunk,)])
+        if self.log_size >= self._budget:
+            self._fold_log()
+        return deleted > 0
+
+    def delete_before(self, timestamp_ms: int) -> bool:
+        """Delete some of the rows older than that; say whether there may be more."""
+        deleted = self._transaction(
+            "DELETE FROM messages WHERE id IN (SELECT id FROM messages WHERE timestamp_ms < ?"
+            " ORDER BY timestamp_ms LIMIT ?)",
+            [(timestamp_ms, DELETE_ROWS)],
+        )
+        if self.log_size >= self._budget:
+            self._fold_log()
+        return deleted >= DELETE_ROWS
