@@ -1,0 +1,39 @@
+"""The broker as gateways and archive groups see it: `gateway.GatewayHost` over a Broker."""
+
+from __future__ import annotations
+
+import trio
+
+from mqtt_trio.broker.broker import Broker
+from mqtt_trio.broker.local import LocalPublisher
+from mqtt_trio.broker.tap import Tap
+
+
+class Host:
+    """Implements `mqtt_trio.gateway.GatewayHost`."""
+
+    def __init__(self, broker: Broker, *, node_id: str, instance_id: bytes) -> None:
+        self.broker = broker
+        self.node_id = node_id
+        self.instance_id = instance_id
+
+    def add_tap(self, tap: Tap) -> None:
+        """Show every accepted publish to `tap`."""
+        self.broker.add_tap(tap)
+
+    def local_client(self, name: str) -> LocalPublisher:
+        """Make a publisher; `name` stands in logs."""
+        return LocalPublisher(self.broker, name, trio.current_time)
+
+    def flush(self) -> None:
+        """Send what waits in the outboxes of touched clients."""
+        self.broker.flush()
+
+    def stop_publishers(self, owner: object) -> None:
+        """Handle no QoS 1 or 2 PUBLISH until `owner` lets go."""
+        self.broker.stop_publishers(owner)
+
+    def resume_publishers(self, owner: object) -> None:
+        """Undo `stop_publishers`; what the paused clients had sent is handled now."""
+        self.broker.resume_publishers(owner)
+        self.broker.flush()
