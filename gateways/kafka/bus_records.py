@@ -38,6 +38,8 @@ NUMBER: Final = struct.Struct(">I")
 LENGTH: Final = struct.Struct(">H")
 """MQTT strings and binary data have at most 65,535 bytes [MQTT5-1.5.4]."""
 FACTS: Final = struct.Struct(">Qdiq16sH")
+LATEST: Final = 253_402_300_799.0
+"""UTC seconds of the last moment that a calendar here can show."""
 CONTINUES: Final = 0x80
 """Bit of a Variable Byte Integer's byte: more bytes follow."""
 TAG_RUN: Final = 1
@@ -256,13 +258,20 @@ def decode_header(value: bytes) -> Header:
         raise BusRecordError("the node id runs past the end of the record")
     try:
         return Header(
-            Kind(kind), instance_id, value[HEADER.size : body_start].decode(), sequence, _FLAGS[flags], body_start
+            Kind(kind), instance_id, _name(value[HEADER.size : body_start]), sequence, _FLAGS[flags], body_start
         )
     except (ValueError, KeyError) as exc:  # UnicodeDecodeError is a ValueError
         raise BusRecordError(f"unknown kind or flags, or a node id that is no UTF-8: {exc}") from None
 
 
 _FLAGS: Final = {number: Flag(number) for number in range(4)}
+
+
+def _name(raw: bytes) -> str:
+    """A name that stands in logs, so without control characters."""
+    if (name := raw.decode()).isprintable():
+        return name
+    raise BusRecordError("a name with characters that cannot be shown")
 
 
 def decode_facts(value: bytes, start: int) -> NodeFacts:
@@ -274,10 +283,10 @@ def decode_facts(value: bytes, start: int) -> NodeFacts:
     if len(value) - start < FACTS.size:
         raise BusRecordError("a cut record about a node")
     pid, started_at, partition, offset, target, length = FACTS.unpack_from(value, start)
-    if len(value) - start != FACTS.size + length or not math.isfinite(started_at):
+    if len(value) - start != FACTS.size + length or not 0 <= started_at <= LATEST:
         raise BusRecordError("a record about a node with a wrong length or time")
     try:
-        host = value[start + FACTS.size :].decode()
+        host = _name(value[start + FACTS.size :])
     except UnicodeDecodeError:
         raise BusRecordError("a host name that is no UTF-8") from None
     return NodeFacts(host, pid, started_at, partition, offset, target)

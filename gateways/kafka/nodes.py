@@ -94,7 +94,7 @@ class Nodes:
         self._unsettled -= 1
 
     def read_back(self, kind: Kind, partition: int, offset: int) -> None:
-        """A record of this very instance came back. A HELLO that a retried produce doubled counts where it was first."""
+        """A record of this very instance came back. A HELLO that a retry doubled counts where it was first."""
         if kind is Kind.HELLO and not self._hello_read.is_set():
             self.facts = attrs.evolve(self.facts, hello_partition=partition, hello_offset=offset)
             self._hello_read.set()
@@ -133,7 +133,7 @@ class Nodes:
         if _is_earlier(own, facts):
             self._object(header.instance_id)
         elif header.kind is not Kind.HELLO:
-            self._give_way(facts)
+            self._give_way(header.instance_id, facts)
 
     def _object(self, instance_id: bytes) -> None:
         now = trio.current_time()
@@ -145,13 +145,14 @@ class Nodes:
         log.error("a second node with Node.Id %s has come; it is told to end", self.node_id)
         self._say(Kind.ALIVE, attrs.evolve(self.facts, target=instance_id))
 
-    def _give_way(self, other: NodeFacts) -> None:
+    def _give_way(self, instance_id: bytes, other: NodeFacts) -> None:
         if self.conflict.is_set():
             return
         since = datetime.datetime.fromtimestamp(other.started_at, datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         self.conflict_text = (
-            f"Node.Id {self.node_id!r} is taken: the node on host {other.host}, pid {other.pid}, running since {since}, "
-            "has it already on this Kafka bus. Give this node an id of its own (Node.Id), or stop the other one first"
+            f"Node.Id {self.node_id!r} is taken: the node on host {other.host}, pid {other.pid}, running since {since} "
+            f"(instance {instance_id.hex()}), has it on the same Kafka bus. Give this node an id of its own (Node.Id), "
+            "or stop the other one first"
         )
         self.conflict.set()
 
