@@ -25,7 +25,10 @@ from cattrs.preconf.tomllib import TomllibConverter, make_converter
 
 from mqtt_trio import config_schema as schema
 from mqtt_trio.config_schema import Key, Path
+from mqtt_trio.errors import ConfigError
 
+_OWN_PATH: Final = re.compile(r"([A-Z]\w*(?:\[\d+\]|\.\w+)*): ")
+_STEP: Final = re.compile(r"\[(\d+)\]|(\w+)")
 _ATTRS_BOUND: Final = re.compile(r"'\w+' must be ([<>]=?) ([^:]+): ")
 
 
@@ -233,6 +236,8 @@ def _translate(exc: Exception, value: object) -> Exception:
         allowed = [str(choice) for choice in exc.args[2]]
         hint = schema.did_you_mean(value, allowed) if isinstance(value, str) else ""
         return Unexpected(f"one of {', '.join(map(schema.quote, allowed))}", value, hint)
+    if len(exc.args) == 4 and isinstance(exc.args[2], re.Pattern):  # attrs.validators.matches_re
+        return Unexpected(f"a match of {exc.args[2].pattern}", value)
     return ValueError(text)
 
 
@@ -256,8 +261,19 @@ def problems_of(exc: BaseException, path: Path, *, secret: bool = False) -> Iter
         known = [*schema.keys_of(exc.cl), *schema.secret_files(exc.cl)]
         for extra in sorted(exc.extra_fields):
             yield (*path, extra), f"unknown key{schema.did_you_mean(extra, known) or '; known: ' + ', '.join(known)}"
+    elif isinstance(exc, ConfigError):  # an options class that names its keys itself
+        yield from (split_problem(line, path) for line in exc.problems)
     else:
         yield path, _describe(exc, secret=secret or schema.looks_secret(path))
+
+
+def split_problem(line: str, path: Path) -> tuple[Path, str]:
+    """Split `Filter[1]: text` into a path below `path` and the text."""
+    match = _OWN_PATH.match(line)
+    if match is None:
+        return path, line
+    steps = (int(index) if index else name for index, name in _STEP.findall(match[1]))
+    return (*path, *steps), line[match.end() :]
 
 
 def _note(exc: BaseException, kind: type) -> object:

@@ -26,6 +26,16 @@ Path: TypeAlias = tuple[str | int, ...]
 ACRONYMS: Final = {"ssl": "SSL", "qos": "QoS"}
 """Words of attribute names that keys do not write in PascalCase."""
 
+UNITS: Final = {
+    "timeout": "seconds",
+    "retention": "seconds",
+    "interval": "seconds",
+    "linger": "seconds",
+    "size": "bytes",
+    "bytes": "bytes",
+}
+"""Units by the last word of an attribute that holds a number, where its metadata do not say."""
+
 _BARE_KEY: Final = re.compile(r"[A-Za-z0-9_-]+\Z")
 _SECRET_NAME: Final = re.compile(r"password|secret|token(?!_?s?_?endpoint)|api_?key|private", re.IGNORECASE)
 _SEQUENCES: Final = (list, tuple, set, frozenset, collections.abc.Sequence, collections.abc.Set)
@@ -59,10 +69,12 @@ def keys_of(options: type) -> Mapping[str, Key]:
         if not attribute.init:
             continue
         name = attribute.metadata.get("key") or key_name(attribute.name)
+        tp = _input_type(attribute, hints.get(attribute.name, Any))
+        unit = UNITS.get(attribute.name.rpartition("_")[2]) if set(arms(tp)) <= {int, float} else None
         keys[name] = Key(
             name=name,
-            type=_input_type(attribute, hints.get(attribute.name, Any)),
-            unit=attribute.metadata.get("unit"),
+            type=tp,
+            unit=attribute.metadata.get("unit", unit),
             secret=bool(attribute.metadata.get("secret")),
             attribute=attribute,
         )
@@ -70,13 +82,17 @@ def keys_of(options: type) -> Mapping[str, Key]:
 
 
 def _input_type(attribute: attrs.Attribute[Any], declared: Any) -> Any:
-    """Return what a converter of the attribute takes, where it says so, else the attribute's own type."""
+    """Return what a converter of the attribute takes, where it says so, else the attribute's own type.
+
+    A converter that takes anything is one that makes the attribute's type of a string as well.
+    """
     converter: object = attribute.converter
     if isinstance(converter, types.FunctionType):
         hints = typing.get_type_hints(converter)
         hints.pop("return", None)
         if hints:
-            return next(iter(hints.values()))
+            taken = next(iter(hints.values()))
+            return declared | str if taken in (object, Any) else taken
     return declared
 
 

@@ -1,0 +1,101 @@
+"""The summary that the broker prints when it is up [F2]: who can reach it, what is kept where, what is off."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import attrs
+
+from mqtt_trio import __version__
+from mqtt_trio.archive.options import ArchiveGroupOptions
+from mqtt_trio.config import LoadedConfig
+
+
+@attrs.frozen(kw_only=True)
+class ArchiveSummary:
+    """An archive group that runs."""
+
+    group: ArchiveGroupOptions
+    store: str
+    """`describe()` of its store."""
+
+
+@attrs.frozen(kw_only=True)
+class Running:
+    """What was started."""
+
+    listeners: Sequence[str] = ()
+    """`describe()` of each open listener."""
+    archives: Sequence[ArchiveSummary] = ()
+    gateways: Mapping[str, Sequence[str]] = attrs.field(factory=dict)
+    """Lines of each gateway, by its section."""
+
+
+def summary(loaded: LoadedConfig, running: Running) -> list[str]:
+    """Return the lines of the summary."""
+    options = loaded.options
+    source = loaded.path or "defaults (no --config)"
+    lines = [f"mqtt-trio {__version__}, node {options.node.id}, configuration: {source}"]
+    lines += _section("listeners", list(running.listeners) or ["none"])
+    lines += _section("access", ["anyone who reaches a listener may publish and subscribe to everything"])
+    lines += _section("archive", _archive_lines(loaded, running.archives))
+    for name, texts in running.gateways.items():
+        lines += _section(name.lower(), list(texts))
+    lines += _section("persistence", ["sessions and retained messages in memory: they end with the process"])
+    lines += _section("off", _off_lines(loaded))
+    if loaded.inactive:
+        lines += _section("not active yet", list(loaded.inactive))
+    return lines
+
+
+def _section(title: str, texts: Sequence[str]) -> list[str]:
+    return [f"  {title if index == 0 else '':<15} {text}" for index, text in enumerate(texts)]
+
+
+def _archive_lines(loaded: LoadedConfig, archives: Sequence[ArchiveSummary]) -> list[str]:
+    lines = []
+    for archive in archives:
+        group = archive.group
+        bounds = []
+        if group.retention is not None:
+            bounds.append(f"kept {show_duration(group.retention)}")
+        if group.max_size is not None:
+            bounds.append(f"at most {show_size(group.max_size)}")
+        filters = ", ".join(group.filter)
+        lines.append(", ".join([f"{group.name}: {filters} to {archive.store}", *bounds]))
+    disabled = [group.name for group in loaded.options.archive_groups if not group.enabled]
+    if disabled:
+        lines.append(f"disabled: {', '.join(disabled)} (Enabled = true)")
+    return lines or ["none ([[ArchiveGroups]] keeps messages, embedded SQLite needs nothing else)"]
+
+
+def _off_lines(loaded: LoadedConfig) -> list[str]:
+    lines = []
+    kinds = {listener.type for listener in loaded.options.listeners}
+    if "websocket" not in kinds:
+        lines.append('MQTT over WebSocket ([[Listeners]] Type = "websocket")')
+    if "tcp" not in kinds:
+        lines.append('MQTT over TCP ([[Listeners]] Type = "tcp")')
+    if not loaded.gateways:
+        lines.append('Kafka: bus between nodes, archive ([Kafka] Servers = "host:9092", [Kafka.Bus] Enabled = true)')
+    elif not any(getattr(getattr(options, "bus", None), "enabled", False) for options in loaded.gateways.values()):
+        lines.append("the bus between nodes ([Kafka.Bus] Enabled = true)")
+    lines.append("access control, TLS, HTTP interface, sessions on disk: not built yet")
+    return lines
+
+
+def show_duration(seconds: float) -> str:
+    """Return `7 d`, `90 s`: the largest unit that divides the time."""
+    for unit, name in ((86_400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= unit and seconds % unit == 0:
+            return f"{seconds / unit:g} {name}"
+    return f"{seconds:g} s"
+
+
+def show_size(size: int) -> str:
+    """Return `1 GiB`, `500 MB`: the largest unit that divides the size."""
+    for power, prefix in ((4, "T"), (3, "G"), (2, "M"), (1, "k")):
+        for base, suffix in ((1024, "iB"), (1000, "B")):
+            if size >= base**power and size % base**power == 0:
+                return f"{size // base**power} {'K' if prefix == 'k' and base == 1024 else prefix}{suffix}"
+    return f"{size} B"
