@@ -1,0 +1,218 @@
+"""paho-mqtt with waiting instead of callbacks."""
+
+from __future__ import annotations
+
+import os
+import queue
+import socket
+import threading
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Final, Literal, Self
+
+import attrs
+from paho.mqtt.client import Client, ConnectFlags, DisconnectFlags, MQTTMessage
+from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
+from paho.mqtt.reasoncodes import ReasonCode
+from paho.mqtt.subscribeoptions import SubscribeOptions
+
+from tests.interop.broker_process import BrokerProcess
+from tests.interop.lines import LIMIT
+
+V31: Final = MQTTProtocolVersion.MQTTv31
+V311: Final = MQTTProtocolVersion.MQTTv311
+V5: Final = MQTTProtocolVersion.MQTTv5
+Transport = Literal["tcp", "websockets"]
+
+
+@attrs.frozen
+class Heard:
+    """One message as paho delivered it."""
+
+    topic: str
+    payload: bytes
+    qos: int
+    retain: bool = False
+    user_properties: tuple[tuple[str, str], ...] = ()
+    content_type: str | None = None
+    response_topic: str | None = None
+    correlation_data: bytes | None = None
+
+
+def heard(message: MQTTMessage) -> Heard:
+    """Take from a paho message what tests compare."""
+    properties = message.properties
+    return Heard(
+        message.topic,
+        bytes(message.payload),
+        message.qos,
+        bool(message.retain),
+        tuple(tuple(pair) for pair in getattr(properties, "UserProperty", ())),
+        getattr(properties, "ContentType", None),
+        getattr(properties, "ResponseTopic", None),
+        getattr(properties, "CorrelationData", None),
+    )
+
+
+def publish_properties(message: Heard, *, will: bool = False, **more: object) -> Properties:
+    """Make the properties of a PUBLISH (or of a Will) that carries what `message` has; `more` by paho's names."""
+    made = Properties(PacketTypes.WILLMESSAGE if will else PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
+    values = {
+        "UserProperty": list(message.user_properties) or None,
+        "ContentType": message.content_type,
+        "ResponseTopic": message.response_topic,
+        "CorrelationData": message.correlation_data,
+        **more,
+    }
+    for name, value in values.items():
+        if value is not None:
+            setattr(made, name, value)
+    return made
+
+
+class PahoClient:
+    """A connected paho client; `heard` collects what it receives."""
+
+    def __init__(
+        self,
+        broker: BrokerProcess,
+        *,
+        version: MQTTProtocolVersion = V5,
+        transport: Transport = "tcp",
+        path: str = "/mqtt",
+        client_id: str = "",
+        clean: bool = True,
+        session_expiry_interval: int = 0,
+        will: Heard | None = None,
+        will_delay: int | None = None,
+    ) -> None:
+        self.messages: list[Heard] = []
+        self._queue: queue.SimpleQueue[Heard] = queue.SimpleQueue()
+        self._connected = threading.Event()
+        self._subscribed: dict[int, threading.Event] = {}
+        self._lock = threading.Lock()
+        self.ended = threading.Event()
+        self.reason: ReasonCode | None = None
+        self.flags: ConnectFlags | None = None
+        self.client = Client(
+            CallbackAPIVersion.VERSION2,
+            client_id or f"paho-{os.urandom(4).hex()}",
+            clean_session=None if version == V5 else clean,
+            protocol=version,
+            transport=transport,
+            reconnect_on_failure=False,
+        )
+        self.client.on_connect = self._on_connect
+        self.client.on_disconnect = self._on_disconnect
+        self.client.on_message = self._on_message
+        self.client.on_subscribe = self._on_subscribe
+        self._v5 = version == V5
+        if transport == "websockets":
+            self.client.ws_set_options(path=path)
+        if will is not None:
+            properties = publish_properties(will, will=True, WillDelayInterval=will_delay) if self._v5 else None
+            self.client.will_set(will.topic, will.payload, will.qos, will.retain, properties)
+        self._connect(broker.ws_port if transport == "websockets" else broker.port, clean, session_expiry_interval)
+
+    def _connect(self, port: int, clean: bool, session_expiry_interval: int) -> None:
+        if self._v5:
+            properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
+            properties.SessionExpiryInterval = session_expiry_interval
+            self.client.connect("127.0.0.1", port, keepalive=60, clean_start=clean, properties=properties)
+        else:
+            self.client.connect("127.0.0.1", port, keepalive=60)
+        self.client.loop_start()
+        if not self._connected.wait(LIMIT) or self.reason is None or self.reason.is_failure:
+            self.close()
+            raise AssertionError(f"no successful CONNACK within {LIMIT} s: {self.reason}")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _on_connect(
+        self, client: Client, userdata: Any, flags: ConnectFlags, reason: ReasonCode, properties: Properties | None
+    ) -> None:
+        self.flags, self.reason = flags, reason
+        self._connected.set()
+
+    def _on_disconnect(
+        self, client: Client, userdata: Any, flags: DisconnectFlags, reason: ReasonCode, properties: Properties | None
+    ) -> None:
+        self.reason = reason
+        self._connected.set()
+        self.ended.set()
+
+    def _on_message(self, client: Client, userdata: Any, message: MQTTMessage) -> None:
+        self._queue.put(heard(message))
+
+    def _on_subscribe(
+        self, client: Client, userdata: Any, mid: int, reasons: Sequence[ReasonCode], properties: Properties | None
+    ) -> None:
+        self.granted = [reason.value for reason in reasons]
+        self._subscription(mid).set()
+
+    def _subscription(self, mid: int) -> threading.Event:
+        with self._lock:
+            return self._subscribed.setdefault(mid, threading.Event())
+
+    def subscribe(self, *filters: str, qos: int = 2) -> None:
+        """Subscribe and wait for the SUBACK; every filter must be granted at `qos`."""
+        wanted: list[Any] = [(name, SubscribeOptions(qos=qos) if self._v5 else qos) for name in filters]
+        result, mid = self.client.subscribe(wanted)
+        assert result == MQTTErrorCode.MQTT_ERR_SUCCESS
+        assert mid is not None
+        assert self._subscription(mid).wait(LIMIT), f"no SUBACK for {filters} within {LIMIT} s"
+        assert self.granted == [qos] * len(filters)
+
+    def publish(self, topic: str, payload: bytes | str | None, *, qos: int = 0, retain: bool = False) -> None:
+        """Publish and wait until paho calls it done: sent at QoS 0, PUBACK or PUBCOMP above."""
+        self.publish_message(
+            Heard(topic, payload.encode() if isinstance(payload, str) else payload or b"", qos, retain)
+        )
+
+    def publish_message(self, message: Heard) -> None:
+        """Publish `message` with its properties and wait until it is done."""
+        properties = publish_properties(message) if self._v5 else None
+        info = self.client.publish(message.topic, message.payload, message.qos, message.retain, properties)
+        info.wait_for_publish(LIMIT)
+        assert info.is_published(), f"{message} was not acknowledged within {LIMIT} s"
+
+    def received(self, count: int, limit: float = LIMIT) -> list[Heard]:
+        """Return the first `count` messages since the beginning, waiting for them."""
+        end = time.monotonic() + limit
+        while len(self.messages) < count:
+            try:
+                self.messages.append(self._queue.get(timeout=max(0.0, end - time.monotonic())))
+            except queue.Empty:
+                raise AssertionError(
+                    f"{len(self.messages)} of {count} messages in {limit} s: {self.messages}"
+                ) from None
+        return self.messages[:count]
+
+    def until(self, payload: bytes, limit: float = LIMIT) -> list[Heard]:
+        """Return all messages up to the first one with `payload`, without that one, waiting for it."""
+        count = 1
+        while self.received(count, limit)[-1].payload != payload:
+            count += 1
+        return self.messages[: count - 1]
+
+    def cut(self) -> None:
+        """Cut the network connection as a broken cable would: no DISCONNECT, no close frame."""
+        connection = self.client.socket()
+        assert connection is not None
+        with socket.socket(fileno=os.dup(connection.fileno())) as copy:
+            copy.shutdown(socket.SHUT_RDWR)
+        assert self.ended.wait(LIMIT)
+
+    def close(self) -> None:
+        """Send DISCONNECT if there is a connection, end the thread."""
+        self.client.disconnect()
+        self.client.loop_stop()

@@ -1,0 +1,214 @@
+"""paho-mqtt 2 against the broker: 3.1, 3.1.1 and 5.0, over TCP and over WebSocket."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import attrs
+import pytest
+from paho.mqtt.enums import MQTTProtocolVersion
+
+from tests.interop.broker_process import BrokerProcess
+from tests.interop.paho_support import V5, V31, V311, Heard, PahoClient, Transport
+
+pytestmark = pytest.mark.interop
+
+END = b"end of test"
+ALL_VERSIONS = [pytest.param(V31, id="3.1"), pytest.param(V311, id="3.1.1"), pytest.param(V5, id="5.0")]
+versions = pytest.mark.parametrize("version", ALL_VERSIONS)
+transports = pytest.mark.parametrize("transport", ["tcp", "websockets"])
+qualities = pytest.mark.parametrize("qos", [0, 1, 2])
+RICH = Heard(
+    "",
+    bytes(range(256)),
+    0,
+    user_properties=(("unit", "°C"), ("unit", "K"), ("", "")),
+    content_type="application/octet-stream",
+    response_topic="reply/to",
+    correlation_data=b"\x00\xff\x80 4711",
+)
+
+Connect = Callable[..., PahoClient]
+
+
+@pytest.fixture
+def connect(broker: BrokerProcess, request: pytest.FixtureRequest) -> Connect:
+    """Connects clients that are closed at the end of the test."""
+
+    def make(**options: Any) -> PahoClient:
+        client = PahoClient(broker, **options)
+        request.addfinalizer(client.close)
+        return client
+
+    return make
+
+
+@versions
+@transports
+@qualities
+def test_both_directions(
+    connect: Connect, topic: str, version: MQTTProtocolVersion, transport: Transport, qos: int
+) -> None:
+    device = connect(version=V311)
+    client = connect(version=version, transport=transport)
+    device.subscribe(f"{topic}/up")
+    client.subscribe(f"{topic}/down")
+    payloads = [b"text", b"", bytes(range(256)), os.urandom(70_000), END]
+    for payload in payloads:
+        client.publish(f"{topic}/up", payload, qos=qos)
+        device.publish(f"{topic}/down", payload, qos=qos)
+    assert device.received(len(payloads)) == [Heard(f"{topic}/up", payload, qos) for payload in payloads]
+    assert client.received(len(payloads)) == [Heard(f"{topic}/down", payload, qos) for payload in payloads]
+
+
+@pytest.mark.parametrize("path", ["/mqtt", "/"])
+@versions
+def test_websocket_paths(connect: Connect, topic: str, version: MQTTProtocolVersion, path: str) -> None:
+    client = connect(version=version, transport="websockets", path=path)
+    client.subscribe(topic)
+    client.publish(topic, "echo", qos=2)
+    assert client.received(1) == [Heard(topic, b"echo", 2)]
+
+
+@transports
+@versions
+@qualities
+def test_burst_keeps_its_order(
+    connect: Connect, topic: str, version: MQTTProtocolVersion, transport: Transport, qos: int
+) -> None:
+    receiver = connect(version=version, transport=transport)
+    receiver.subscribe(topic)
+    sender = connect(version=version, transport=transport)
+    payloads = [f"{number}".encode() for number in range(300)]
+    for payload in payloads:
+        sender.client.publish(topic, payload, qos)
+    sender.publish(topic, END, qos=qos)
+    assert [message.payload for message in receiver.until(END)] == payloads
+
+
+@transports
+@versions
+@qualities
+def test_retained(connect: Connect, topic: str, version: MQTTProtocolVersion, transport: Transport, qos: int) -> None:
+    sender = connect(version=version, transport=transport)
+    early = connect(version=version, transport=transport)
+    early.subscribe(topic)
+    sender.publish(topic, "first", qos=qos, retain=True)
+    sender.publish(topic, "kept", qos=qos, retain=True)
+    assert [(m.payload, m.retain) for m in early.received(2)] == [(b"first", False), (b"kept", False)]
+    late = connect(version=version, transport=transport)
+    late.subscribe(topic)
+    assert late.received(1) == [Heard(topic, b"kept", qos, retain=True)]
+    sender.publish(topic, None, qos=qos, retain=True)
+    last = connect(version=version, transport=transport)
+    last.subscribe(topic)
+    sender.publish(topic, END, qos=qos)
+    assert last.received(1) == [Heard(topic, END, qos)]
+
+
+@transports
+@versions
+@qualities
+def test_will_of_a_cut_connection(
+    connect: Connect, topic: str, version: MQTTProtocolVersion, transport: Transport, qos: int
+) -> None:
+    will = Heard(f"{topic}/will", b"gone", qos)
+    watcher = connect(version=version)
+    watcher.subscribe(will.topic)
+    connect(version=version, transport=transport, will=will).cut()
+    assert watcher.received(1) == [will]
+
+
+@transports
+@versions
+def test_no_will_after_disconnect(
+    connect: Connect, topic: str, version: MQTTProtocolVersion, transport: Transport
+) -> None:
+    watcher = connect(version=version)
+    watcher.subscribe(topic)
+    leaving = connect(version=version, transport=transport, will=Heard(topic, b"gone", 1))
+    leaving.close()
+    assert leaving.ended.wait(10)
+    watcher.publish(topic, END, qos=1)
+    assert watcher.received(1) == [Heard(topic, END, 1)]
+
+
+@transports
+def test_retained_will_with_properties(connect: Connect, topic: str, transport: Transport) -> None:
+    will = attrs.evolve(RICH, topic=topic, qos=1, retain=True)
+    watcher = connect()
+    watcher.subscribe(topic)
+    connect(transport=transport, will=will).cut()
+    assert watcher.received(1) == [attrs.evolve(will, retain=False)]
+    late = connect(transport=transport)
+    late.subscribe(topic)
+    assert late.received(1) == [will]
+
+
+def test_delayed_will_is_not_sent_to_who_returns_in_time(connect: Connect, topic: str) -> None:
+    session: dict[str, Any] = {"client_id": topic.replace("/", "-"), "clean": False, "session_expiry_interval": 600}
+    watcher = connect()
+    watcher.subscribe(topic)
+    connect(**session, will=Heard(topic, b"gone", 1), will_delay=300).cut()
+    back = connect(**session)
+    assert back.flags is not None
+    assert back.flags.session_present
+    back.publish(topic, END, qos=1)
+    assert watcher.received(1) == [Heard(topic, END, 1)]
+
+
+def test_delayed_will_is_sent_after_its_delay(connect: Connect, topic: str) -> None:
+    watcher = connect()
+    watcher.subscribe(topic)
+    connect(clean=False, session_expiry_interval=600, will=Heard(topic, b"gone", 1), will_delay=1).cut()
+    watcher.publish(topic, "before", qos=1)
+    assert watcher.received(2) == [Heard(topic, b"before", 1), Heard(topic, b"gone", 1)]
+
+
+@transports
+@qualities
+def test_properties(connect: Connect, topic: str, transport: Transport, qos: int) -> None:
+    receiver = connect(transport=transport)
+    receiver.subscribe(topic)
+    message = attrs.evolve(RICH, topic=topic, qos=qos)
+    sender = connect(transport="tcp" if transport == "websockets" else "websockets")
+    sender.publish_message(message)
+    sender.publish_message(attrs.evolve(message, payload=b""))
+    assert receiver.received(2) == [message, attrs.evolve(message, payload=b"")]
+
+
+@pytest.mark.parametrize("version", ALL_VERSIONS[:2])
+def test_properties_do_not_reach_older_clients(connect: Connect, topic: str, version: MQTTProtocolVersion) -> None:
+    receiver = connect(version=version)
+    receiver.subscribe(topic)
+    connect().publish_message(attrs.evolve(RICH, topic=topic, qos=1))
+    assert receiver.received(1) == [Heard(topic, RICH.payload, 1)]
+
+
+@transports
+@versions
+@pytest.mark.parametrize("qos", [1, 2])
+def test_session_survives_a_cut(
+    connect: Connect, topic: str, version: MQTTProtocolVersion, transport: Transport, qos: int
+) -> None:
+    session: dict[str, Any] = {"client_id": f"s{os.urandom(4).hex()}", "clean": False, "session_expiry_interval": 600}
+    first = connect(version=version, transport=transport, **session)
+    first.subscribe(topic)
+    first.cut()
+    sender = connect(version=version)
+    for number in range(20):
+        sender.publish(topic, f"{number}", qos=qos)
+    second = connect(version=version, transport=transport, **session)
+    sender.publish(topic, END, qos=qos)
+    assert second.until(END) == [Heard(topic, f"{number}".encode(), qos) for number in range(20)]
+
+
+@pytest.mark.parametrize("version", ALL_VERSIONS)
+def test_take_over(connect: Connect, version: MQTTProtocolVersion) -> None:
+    name = f"t{os.urandom(4).hex()}"
+    first = connect(version=version, client_id=name)
+    second = connect(version=version, client_id=name, transport="websockets")
+    assert first.ended.wait(10)
+    assert not second.ended.is_set()
