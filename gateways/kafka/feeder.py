@@ -356,7 +356,7 @@ class Feeder:
             self._cluster.away(self.name, self._cluster.probe() or describe(exc))
 
     def fail_rest(self) -> None:
-        """Give everything that is left its outcome; nothing is left after an end in peace. Any thread, after the end."""
+        """Give everything that is left its outcome; nothing is left after an end in peace."""
         for queue in (self._again, *self._parked.values(), self.inbox):
             while queue:
                 record = queue.popleft()

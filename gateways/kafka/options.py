@@ -45,6 +45,11 @@ class BusOptions:
     """`store`: PUBACK after Kafka has the message."""
     on_outage: str = attrs.field(default="spool", validator=in_(("spool", "reject", "drop")))
     """What becomes of messages while Kafka is away."""
+    window_messages: int = attrs.field(default=200_000, validator=[ge(1000), le(10_000_000)])
+    """Messages that the bus may hold before Kafka has confirmed them. Outcome: QoS 1 and 2 publishers wait, QoS 0
+    messages are dropped."""
+    window_bytes: int = attrs.field(default=32 * 1024 * 1024, validator=[ge(1024 * 1024), le(4 * 1024**3)])
+    """Bytes that the bus may hold before Kafka has confirmed them. Outcome as above."""
 
 
 @attrs.frozen(kw_only=True)
@@ -131,10 +136,10 @@ class KafkaOptions:
     """`compat`: acks=1 without idempotence, on everything but the bus."""
     metrics: MetricsOptions = MetricsOptions()
     window_messages: int = attrs.field(default=20_000, validator=[ge(100), le(1_000_000)])
-    """Records that one producer may hold before Kafka has confirmed them. Outcome: QoS 1 and 2 publishers wait,
+    """Records that the archive producer may hold before Kafka has confirmed them. Outcome: QoS 1 and 2 publishers wait,
     QoS 0 messages are dropped."""
     window_bytes: int = attrs.field(default=32 * 1024 * 1024, validator=[ge(1024 * 1024), le(4 * 1024**3)])
-    """Bytes that one producer may hold before Kafka has confirmed them. Outcome as above."""
+    """Bytes that the archive producer may hold before Kafka has confirmed them. Outcome as above."""
     delivery_timeout: float = attrs.field(default=60.0, validator=[ge(5), le(3600)])
     """Seconds that a record may stay unconfirmed before its producer is thrown away and it is sent by a new one."""
 

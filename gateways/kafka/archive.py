@@ -1,0 +1,124 @@
+"""The archive store that keeps its messages in a Kafka topic [K7]."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import trio
+
+from gateways.kafka.bridge import ProducerBridge
+from gateways.kafka.mapping import JsonMapper
+from mqtt_trio.errors import StoreError
+from mqtt_trio.gateway import Message, Outcome
+
+
+class Batch:
+    """One submitted batch and the outcomes that are known of it."""
+
+    __slots__ = ("done", "failures", "messages", "missing", "offered")
+
+    def __init__(self, messages: Sequence[Message], done: Callable[[Outcome], None]) -> None:
+        self.messages = messages
+        self.missing = len(messages)
+        """Outcomes that are not known yet."""
+        self.offered = 0
+        """How many messages the producer has got."""
+        self.failures: dict[int, Exception] = {}
+        self.done = done
+
+
+class KafkaArchiveStore:
+    """One archive group in one topic; several share the gateway's archive producer.
+
+    Records are made only as far as the producer's window has room: a waiting message costs less than its record.
+    """
+
+    def __init__(self, bridge: ProducerBridge, mapper: JsonMapper) -> None:
+        self._bridge = bridge
+        self._mapper = mapper
+        self._batches: deque[Batch] = deque()
+        self._backlog: deque[Batch] = deque()
+        self._waits_for_room = False
+        self._empty = trio.Event()
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Do nothing until cancelled: the gateway owns the producer, and `submit` may be called from the start."""
+        task_status.started()
+        await trio.sleep_forever()
+
+    def submit(self, batch: Sequence[Message], done: Callable[[Outcome], None]) -> None:
+        """Keep `batch` for the producer; `done` follows in the order of the batches."""
+        entry = Batch(batch, done)
+        self._batches.append(entry)
+        self._backlog.append(entry)
+        if not self._waits_for_room:
+            self._pump()
+        if not batch:
+            self._hand_out()
+
+    def _pump(self) -> None:
+        """Give the producer what it has room for."""
+        self._waits_for_room = False
+        bridge, backlog = self._bridge, self._backlog
+        while backlog:
+            entry = backlog[0]
+            messages = entry.messages
+            while entry.offered < len(messages):
+                if bridge.full:
+                    self._waits_for_room = True
+                    bridge.when_room(self._pump)
+                    return
+                index = entry.offered
+                entry.offered = index + 1
+                self._offer(entry, index, messages[index])
+            backlog.popleft()
+
+    def _offer(self, entry: Batch, index: int, message: Message) -> None:
+        try:
+            record = self._mapper.record(message)
+        except Exception as exc:  # a message that cannot be mapped must not stop the others
+            self._settle(entry, index, exc)
+            return
+        record.done = Settle(self, entry, index)
+        self._bridge.offer(record)
+
+    def _settle(self, entry: Batch, index: int, error: Exception | None) -> None:
+        if error is not None:
+            entry.failures[index] = error if isinstance(error, StoreError) else StoreError(str(error))
+        entry.missing -= 1
+        if not entry.missing and entry is self._batches[0]:
+            self._hand_out()
+
+    def _hand_out(self) -> None:
+        """Report the oldest batches as far as they are complete."""
+        batches = self._batches
+        while batches and not batches[0].missing:
+            entry = batches.popleft()
+            entry.done(entry.failures)
+        if not batches:
+            self._empty.set()
+
+    async def stop(self) -> None:
+        """Wait until Kafka has what was submitted; the gateway closes the producer. Cancelled, it waits no longer."""
+        while self._batches:
+            self._empty = trio.Event()
+            await self._empty.wait()
+
+    def describe(self) -> str:
+        """Return the topic for the start-up summary."""
+        return f"Kafka topic {self._mapper.topic}"
+
+
+class Settle:
+    """The outcome of one record; a class because it is made once a message (a closure costs twice as much)."""
+
+    __slots__ = ("_entry", "_index", "_store")
+
+    def __init__(self, store: KafkaArchiveStore, entry: Batch, index: int) -> None:
+        self._store = store
+        self._entry = entry
+        self._index = index
+
+    def __call__(self, error: Exception | None) -> None:
+        self._store._settle(self._entry, self._index, error)

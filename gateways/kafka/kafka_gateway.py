@@ -1,0 +1,147 @@
+"""The gateway as the broker sees it: topics, the archive producer and the bus under one roof."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from gateways.kafka import workers
+from gateways.kafka.archive import KafkaArchiveStore
+from gateways.kafka.bridge import ConsumerBridge, ProducerBridge
+from gateways.kafka.cluster import Cluster
+from gateways.kafka.mapping import JsonMapper
+from gateways.kafka.options import KafkaOptions
+from gateways.kafka.poller import Assignment
+from gateways.kafka.records import ConsumedRecord
+from gateways.kafka.topics import DEFAULTS, TopicManager, plan_topics
+from mqtt_trio.gateway import ArchiveStore, GatewayHost
+
+if TYPE_CHECKING:
+    from gateways.kafka.bus import Bus
+
+log = logging.getLogger("gateways.kafka")
+
+START_PATIENCE: Final = 5.0
+"""Seconds that a node without the bus waits for a first answer about the topics before its listeners open."""
+
+
+class KafkaGateway:
+    """Section [Kafka] at work.
+
+    Kafka being away, now or at the start, never ends it: everything goes on when Kafka is back.
+    """
+
+    def __init__(self, options: KafkaOptions) -> None:
+        self.options = options
+        self.cluster = Cluster(options.server_names, workers.probe)
+        self._archive: ProducerBridge | None = None
+        self._mappers: list[JsonMapper] = []
+        self._bus: Bus | None = None
+        self._topics: TopicManager | None = None
+
+    def archive_store(self, topic: str | None, name: str) -> ArchiveStore:
+        """Make the store of archive group `name`, before `run`; `topic`: its own, None for the archive topic."""
+        if self._archive is None:
+            self._archive = ProducerBridge(
+                self.options,
+                self.cluster,
+                name="archive",
+                compression="gzip",
+                window_records=self.options.window_messages,
+                window_bytes=self.options.window_bytes,
+            )
+        mapper = JsonMapper(topic or self.options.topics.archive.name or DEFAULTS["archive"].name)
+        self._mappers.append(mapper)
+        return KafkaArchiveStore(self._archive, mapper)
+
+    async def run(self, host: GatewayHost, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Serve until cancelled; `started()` when topics, positions and retained messages are known, or Kafka is away.
+
+        Raises:
+          StartError: a live node has this `Node.Id` already.
+        """
+        workers.quiet_loggers()
+        for mapper in self._mappers:
+            mapper.broker_id = host.node_id
+        plans = plan_topics(self.options, [mapper.topic for mapper in self._mappers])
+        self._topics = TopicManager(self.options, self.cluster, plans)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._topics.run)
+            if self._archive is not None:
+                self._archive.after_drain = host.flush
+                await nursery.start(self._archive.run)
+            if self.options.bus.enabled:
+                self._bus = self._make_bus(host)
+                await nursery.start(self._bus.run)
+            else:
+                with trio.move_on_after(START_PATIENCE):
+                    await self._topics.looked.wait()
+            task_status.started()
+            await trio.sleep_forever()
+
+    def _make_bus(self, host: GatewayHost) -> Bus:
+        from gateways.kafka.bus import Bus, BusSettings
+
+        options = self.options
+        settings = BusSettings(
+            topic=options.bus_topic,
+            retained_topic=options.topics.retained.name or DEFAULTS["retained"].name,
+            linger=options.bus.linger,
+            partitions=options.topics.bus.partitions or DEFAULTS["bus"].partitions,
+            window_messages=options.bus.window_messages,
+            window_bytes=options.bus.window_bytes,
+        )
+        producer = ProducerBridge(
+            options,
+            self.cluster,
+            name="bus",
+            compression="lz4",
+            window_records=settings.window_messages,
+            window_bytes=settings.window_bytes,
+            linger_ms=0,
+        )
+        return Bus(settings, host, producer, partial(self._make_consumer, settings.topic, settings.retained_topic),
+                   self.cluster.facts)  # fmt: skip
+
+    def _make_consumer(
+        self, topic: str, retained_topic: str, on_records: Callable[[list[ConsumedRecord]], None]
+    ) -> ConsumerBridge:
+        assignments: list[Assignment] = [(topic, "end"), (retained_topic, "beginning")]
+        return ConsumerBridge(self.options, self.cluster, assignments, on_records, name="bus")
+
+    async def stop(self) -> None:
+        """Ship what is held, close. Bounded by the caller's cancel scope: cancelled, everything closes by force."""
+        async with trio.open_nursery() as nursery:
+            if self._bus is not None:
+                nursery.start_soon(self._bus.stop)
+            if self._archive is not None:
+                nursery.start_soon(self._archive.stop)
+
+    def describe(self) -> Sequence[str]:
+        """Return lines for the start-up summary."""
+        servers = ", ".join(self.cluster.servers)
+        if self.cluster.is_away:
+            state = "away, trying until it answers"
+        elif self._topics is not None and self._topics.complete.is_set():
+            state = "connected"
+        else:
+            state = "topics are being looked for"
+        lines = [f"Kafka {servers}: {state}"]
+        if self._bus is not None:
+            lines.extend(self._bus.describe())
+        else:
+            lines.append("bus: off; turn it on with [Kafka.Bus] Enabled = true")
+        return lines
+
+    def counters(self) -> dict[str, int]:
+        """Return counters by name."""
+        counters = {"outages": self.cluster.outages}
+        if self._archive is not None:
+            counters |= {f"archive_{name}": value for name, value in self._archive.counters().items()}
+        if self._bus is not None:
+            counters |= self._bus.counters()
+        return counters

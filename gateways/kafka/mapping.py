@@ -1,0 +1,122 @@
+"""MQTT messages as JSON records [K8]: pure, no I/O. `schemas/mqtt_message.schema.json` describes the value."""
+
+from __future__ import annotations
+
+import json
+from base64 import b64encode
+from functools import lru_cache
+from importlib.resources import files
+from time import gmtime, strftime
+from typing import Any, Final, Literal
+
+import orjson
+
+from gateways.kafka.records import Record
+from mqtt_trio.gateway import Message
+
+TimestampFormat = Literal["iso", "epoch_ms"]
+QOS: Final = (b"0", b"1", b"2")
+FLAG: Final = {False: b"false", True: b"true"}
+
+
+def load_schema() -> dict[str, Any]:
+    """Return the JSON Schema that every record validates against."""
+    text = (files("gateways.kafka") / "schemas" / "mqtt_message.schema.json").read_text("utf-8")
+    schema: dict[str, Any] = json.loads(text)
+    return schema
+
+
+@lru_cache(maxsize=16)
+def iso_second(second: int) -> str:
+    """Return a UTC second as `2024-01-15T10:30:00`."""
+    return strftime("%Y-%m-%dT%H:%M:%S", gmtime(second))
+
+
+def iso_timestamp(milliseconds: int) -> str:
+    """Return UTC milliseconds since the epoch as `2024-01-15T10:30:00.000Z`."""
+    second, rest = divmod(milliseconds, 1000)
+    return f"{iso_second(second)}.{rest:03d}Z"
+
+
+def text_or_base64(data: bytes) -> tuple[str, bool]:
+    """Return `data` as text, or in base64 and True where it is no UTF-8."""
+    try:
+        return data.decode(), False
+    except UnicodeDecodeError:
+        return b64encode(data).decode(), True
+
+
+def json_value(message: Message, broker_id: str, milliseconds: int, timestamps: TimestampFormat = "iso") -> bytes:
+    """Return the value of the record of `message`; `milliseconds` is its publish time."""
+    payload, encoded = text_or_base64(message.payload)
+    value: dict[str, Any] = {
+        "timestamp": iso_timestamp(milliseconds) if timestamps == "iso" else milliseconds,
+        "topic": message.topic_name,
+        "payload": payload,
+    }
+    if encoded:
+        value["payloadEncoding"] = "base64"
+    value["qos"] = message.qos
+    value["retained"] = message.retain
+    value["clientId"] = message.client_id
+    value["brokerId"] = broker_id
+    value["headers"] = json_headers(message)
+    return orjson.dumps(value)
+
+
+def json_headers(message: Message) -> dict[str, Any]:
+    """Return what the `headers` of the value say about the message's properties."""
+    properties = message.properties
+    headers: dict[str, Any] = {}
+    if properties.content_type is not None:
+        headers["contentType"] = properties.content_type
+    if properties.correlation_data is not None:
+        text, encoded = text_or_base64(properties.correlation_data)
+        headers["correlationId"] = text
+        if encoded:
+            headers["correlationIdEncoding"] = "base64"
+    if properties.user_properties:
+        headers["userProperties"] = [[name, value] for name, value in properties.user_properties]
+    return headers
+
+
+def record_headers(message: Message, broker_id: bytes, milliseconds: int) -> list[tuple[str, bytes]]:
+    """Return the same facts as record headers, in the bytes that they had in MQTT."""
+    headers = [
+        ("mqtt.timestamp", b"%d" % milliseconds),
+        ("mqtt.topic", message.topic_name.encode()),
+        ("mqtt.qos", QOS[message.qos]),
+        ("mqtt.retained", FLAG[message.retain]),
+        ("mqtt.clientId", message.client_id.encode()),
+        ("mqtt.brokerId", broker_id),
+    ]
+    properties = message.properties
+    if properties.content_type is not None:
+        headers.append(("mqtt.contentType", properties.content_type.encode()))
+    if properties.correlation_data is not None:
+        headers.append(("mqtt.correlationId", properties.correlation_data))
+    for name, value in properties.user_properties:
+        headers.append((f"mqtt.userProperties.{name}", value.encode()))
+    return headers
+
+
+class JsonMapper:
+    """Makes records of messages for one Kafka topic."""
+
+    def __init__(self, topic: str, broker_id: str = "", timestamps: TimestampFormat = "iso") -> None:
+        self.topic = topic
+        self.broker_id = broker_id
+        """`Node.Id`; set before the first record."""
+        self._timestamps: TimestampFormat = timestamps
+
+    def record(self, message: Message) -> Record:
+        """Return the record of `message`: keyed by its topic, at its publish time."""
+        milliseconds = round(message.published_at * 1000)
+        return Record(
+            topic=self.topic,
+            partition=None,
+            key=message.topic_name.encode(),
+            value=json_value(message, self.broker_id, milliseconds, self._timestamps),
+            headers=record_headers(message, self.broker_id.encode(), milliseconds),
+            timestamp_ms=milliseconds,
+        )
