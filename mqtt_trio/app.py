@@ -12,25 +12,30 @@ import secrets
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import trio
 
+from mqtt_trio import logs
 from mqtt_trio.archive.groups import ArchiveGroup, build_groups
-from mqtt_trio.archive.memory import MemoryArchiveStore
+from mqtt_trio.archive.memory import MemoryStore
 from mqtt_trio.archive.options import ArchiveGroupOptions
-from mqtt_trio.archive.sqlite import SqliteArchiveStore
+from mqtt_trio.archive.sqlite import SqliteStore, archive_path
 from mqtt_trio.archive.store import ArchiveStore
 from mqtt_trio.broker.broker import Broker
 from mqtt_trio.config import LoadedConfig
-from mqtt_trio.errors import ConfigError, MqttTrioError, StartError
+from mqtt_trio.errors import ConfigError, MqttTrioError
 from mqtt_trio.gateway import Gateway
 from mqtt_trio.host import Host
 from mqtt_trio.server.clients import Clients
-from mqtt_trio.server.listeners import Listener, open_listener
+from mqtt_trio.server.listeners import Listener, open_listeners
 from mqtt_trio.server.timers import DeadlineTimer
+from mqtt_trio.summary import ArchiveSummary, Running, summary
+
+if TYPE_CHECKING:
+    from mqtt_trio.server.poller import Poller
 
 logger = logging.getLogger("mqtt_trio")
 
@@ -80,11 +85,9 @@ class Node:
                 await services.start(group.run)
                 self.broker.add_tap(group)
             async with trio.open_nursery() as accepting:
-                for number, options in enumerate(self.options.listeners):
-                    listener = await open_listener(options, number, self.broker.metrics)
-                    self.listeners.append(listener)
+                self.listeners = await open_listeners(self.options.listeners)
                 for listener in self.listeners:
-                    accepting.start_soon(listener.serve, self.clients.serve)
+                    accepting.start_soon(listener.serve, self.clients.serve, accepting, self.broker.metrics)
                 self.started.set()
                 await self.stopping.wait()
                 await self._shut_down(accepting.cancel_scope)
@@ -106,8 +109,9 @@ class Node:
         if group.store == "KAFKA":
             return self.gateways["Kafka"].archive_store(group.kafka_topic, group.name)
         if group.store == "MEMORY":
-            return MemoryArchiveStore(group)
-        return SqliteArchiveStore(group, Path(self.options.persistence.path))
+            return MemoryStore(retention=group.retention, max_size=group.max_size)
+        path = archive_path(Path(self.options.persistence.path), group.name)
+        return SqliteStore(path, retention=group.retention, max_size=group.max_size)
 
     async def _shut_down(self, accepting: trio.CancelScope) -> None:
         """Stop intake, say goodbye, drain archives, close gateways; whatever they do, within the timeout."""
@@ -125,6 +129,14 @@ class Node:
             logger.warning("shutdown took longer than [Shutdown] Timeout = %g s; what was left is given up", timeout)
         accepting.cancel()
 
+    def running(self) -> Running:
+        """What was started, for the summary."""
+        return Running(
+            listeners=[listener.describe() for listener in self.listeners],
+            archives=[ArchiveSummary(group=group.options, store=group.store.describe()) for group in self.groups],
+            gateways={section: gateway.describe() for section, gateway in self.gateways.items()},
+        )
+
     def counters(self) -> dict[str, int]:
         """All counters of the node that are not zero."""
         counters = self.broker.metrics.snapshot()
@@ -139,7 +151,7 @@ async def _run_gateway(gateway: Gateway, host: Host, *, task_status: trio.TaskSt
     await gateway.run(host, task_status=task_status)
 
 
-def _make_poller(broker: Broker) -> object | None:
+def _make_poller(broker: Broker) -> Poller | None:
     """The epoll Poller, where there is epoll; elsewhere every client is driven by tasks."""
     if not sys.platform.startswith("linux"):
         return None
@@ -148,54 +160,53 @@ def _make_poller(broker: Broker) -> object | None:
     return Poller(broker)
 
 
-def serve(loaded: LoadedConfig, summary: Callable[[Node], Sequence[str]]) -> int:
-    """Run a node until SIGTERM or SIGINT; return the exit code. `summary` makes the lines that say what runs [F2]."""
+def serve(loaded: LoadedConfig) -> int:
+    """Run a node until SIGTERM or SIGINT; return the exit code."""
+    logs.configure(loaded.options.logging)
     _raise_file_limit()
     try:
-        trio.run(_main, loaded, summary, strict_exception_groups=True)
-    except* StartError as group:
-        for exc in _leaves(group):
+        trio.run(_main, loaded, strict_exception_groups=True)
+    except BaseExceptionGroup as group:
+        expected, rest = group.split(MqttTrioError)
+        if expected is None or rest is not None:
+            raise
+        for exc in dict.fromkeys(map(str, _leaves(expected))):
             print(f"mqtt-trio: {exc}", file=sys.stderr)
-        return 1
-    except* ConfigError as group:
-        for exc in _leaves(group):
-            print(f"mqtt-trio: {exc}", file=sys.stderr)
-        return 78
-    except* MqttTrioError as group:
-        for exc in _leaves(group):
-            print(f"mqtt-trio: {exc}", file=sys.stderr)
-        return 1
+        return 78 if expected.subgroup(ConfigError) is not None else 1
     return 0
 
 
-async def _main(loaded: LoadedConfig, summary: Callable[[Node], Sequence[str]]) -> None:
+async def _main(loaded: LoadedConfig) -> None:
     node = Node(loaded)
     async with trio.open_nursery() as nursery:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-            nursery.start_soon(_stop_on_signal, signals, node)
-            nursery.start_soon(_announce, node, summary)
+            nursery.start_soon(_stop_on_signal, signals, node, nursery.cancel_scope)
+            nursery.start_soon(_announce, node)
             await node.run()
             nursery.cancel_scope.cancel()
     logger.info("stopped %s", json.dumps(node.counters()))
 
 
-async def _announce(node: Node, summary: Callable[[Node], Sequence[str]]) -> None:
-    """Say what runs, once it does, and settle the garbage collector on what has been made by then."""
+async def _announce(node: Node) -> None:
+    """Say what runs [F2], once it does, and settle the garbage collector on what has been made by then."""
     await node.started.wait()
-    for line in summary(node):
+    for line in summary(node.loaded, node.running()):
         print(line, flush=True)
     gc.collect()
     gc.freeze()
     gc.set_threshold(*GC_THRESHOLDS)
 
 
-async def _stop_on_signal(signals: object, node: Node) -> None:
-    async for number in signals:  # type: ignore[attr-defined]
+async def _stop_on_signal(signals: AsyncIterator[int], node: Node, start: trio.CancelScope) -> None:
+    """The first signal stops in order, the second at once; until the start is done there is nothing to put in order."""
+    async for number in signals:
         if node.stopping.is_set():
             logger.warning("%s again: stopping at once", signal.Signals(number).name)
             os._exit(1)
         logger.info("%s: stopping", signal.Signals(number).name)
         node.stopping.set()
+        if not node.started.is_set():
+            start.cancel()
 
 
 def _leaves(group: BaseExceptionGroup[MqttTrioError]) -> list[BaseException]:

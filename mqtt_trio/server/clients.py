@@ -30,7 +30,7 @@ class Clients:
         self.links: set[Link] = set()
         self._gone = trio.Event()
 
-    async def serve(self, stream: trio.abc.Stream, options: ListenerOptions, listener: str) -> None:
+    async def serve(self, stream: trio.abc.Stream, options: ListenerOptions, listener: str = "memory") -> None:
         """Serve one connection from its first byte to its last; the stream is closed in any case.
 
         Errors of the connection end here: nothing but Cancelled leaves.

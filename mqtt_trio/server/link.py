@@ -118,9 +118,12 @@ class Link:
             lane = self.lane
             if lane is not None and connection.start < len(connection.buffer):
                 start = connection.start
-                connection.start = lane.handle(connection.buffer, start, now)
-                if connection.start != start:
+                connection.start = stop = lane.handle(connection.buffer, start, now)
+                if stop != start:
                     self.last_packet_at = now
+                    if stop == len(connection.buffer):
+                        connection.buffer, connection.start = b"", 0
+                        return
             packet = connection.next_packet()
             if packet is None:
                 break
@@ -161,6 +164,7 @@ class Link:
         ):
             self.outbox.put(self.connection.encode(Disconnect(reason_code)))
         self.broker.connection_lost(self, trio.current_time())
+        self.reading_changed()
         self.changed.set()
 
     def pause(self, owner: object) -> None:
@@ -244,7 +248,7 @@ class Link:
         self.end(ReasonCode.UNSPECIFIED_ERROR, "internal error")
 
     def wrap(self, data: bytes) -> bytes:
-        """Make one WebSocket frame of what leaves, where the client speaks WebSocket."""
+        """Make one WebSocket frame of what leaves, where the client speaks WebSocket (drivers with time for a call)."""
         return data if self.codec is None else frame(data)
 
     # What drivers do
@@ -258,7 +262,7 @@ class Link:
         raise NotImplementedError
 
     def reading_changed(self) -> None:
-        """`paused` changed: read from the client, or do not."""
+        """`paused` or `ended` changed: read from the client, or do not."""
         raise NotImplementedError
 
     async def has_input(self) -> bool:

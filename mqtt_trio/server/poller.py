@@ -15,9 +15,10 @@ import trio
 from trio.lowlevel import wait_readable
 
 from mqtt_trio.broker.broker import Broker
-from mqtt_trio.protocol.frames import FrameDecoder
+from mqtt_trio.protocol.frames import FrameDecoder, frame
 from mqtt_trio.server.link import Link
 
+EPOLLIN: Final = select.EPOLLIN
 RECEIVE_SIZE: Final = 262_144
 """Bytes read from one client in one wake."""
 EVENTS: Final = 512
@@ -59,8 +60,10 @@ class SocketLink(Link):
             return
         outbox.frames = []
         data = frames[0] if len(frames) == 1 else b"".join(frames)
+        if self.codec is not None:
+            data = frame(data)
         try:
-            self._send(data if self.codec is None else self.wrap(data))
+            self._send(data)
             if self.backlog is None:
                 outbox.room = outbox.limit
                 if outbox.starved and not self.ended:
@@ -129,32 +132,32 @@ class SocketLink(Link):
         """Read once and handle it."""
         try:
             data = self.sock.recv(RECEIVE_SIZE)
+            if data:
+                self.receive(data, now)
+            else:
+                self.end(None, "the client closed the network connection")
         except BlockingIOError:
-            return
-        if data:
-            self.receive(data, now)
-        else:
-            self.end(None, "the client closed the network connection")
-
-    def ready(self, event: int, now: float) -> None:
-        """Serve one epoll event."""
-        try:
-            if event & select.EPOLLOUT:
-                self.write_backlog()
-            if event & ~select.EPOLLOUT:
-                if self.ended or self.paused:
-                    # Not read from; only a hang-up gets here, and it would come back at once.
-                    if event & (select.EPOLLHUP | select.EPOLLERR):
-                        self._give_up("the network connection broke")
-                        self.poller.remove(self)
-                else:
-                    self.read(now)
+            pass
         except OSError as exc:
             self._give_up(f"the network connection broke: {exc.strerror}")
         except Exception as exc:
             self.failed(exc)
-        if self.ended:
-            self.poller.watch(self)
+
+    def ready(self, event: int, now: float) -> None:
+        """Serve an epoll event that is more than input."""
+        if event & select.EPOLLOUT:
+            try:
+                self.write_backlog()
+            except OSError as exc:
+                self._give_up(f"the network connection broke: {exc.strerror}")
+        if not event & ~select.EPOLLOUT:
+            return
+        if not self.ended and not self.paused:
+            self.read(now)
+        elif event & (select.EPOLLHUP | select.EPOLLERR):
+            # Nobody reads it, so that it would come back at once, for ever.
+            self._give_up("the network connection broke")
+            self.poller.remove(self)
 
     def reading_changed(self) -> None:
         self.poller.watch(self)
@@ -164,7 +167,7 @@ class SocketLink(Link):
         await trio.lowlevel.checkpoint()
         before = self.last_packet_at
         if not self.ended and not self.paused:
-            self.ready(select.EPOLLIN, trio.current_time())
+            self.read(trio.current_time())
             self.broker.flush()
         return self.last_packet_at != before
 
@@ -217,7 +220,11 @@ class Poller:
                 for link_fd, event in epoll.poll(0, EVENTS):
                     # An earlier event of the same wake may have ended this one.
                     link = links.get(link_fd)
-                    if link is not None:
+                    if link is None:
+                        continue
+                    if event == EPOLLIN:
+                        link.read(now)
+                    else:
                         link.ready(event, now)
                 broker.flush()
         finally:

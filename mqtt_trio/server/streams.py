@@ -109,7 +109,7 @@ class StreamLink(Link):
         self._wake.set()
 
     def reading_changed(self) -> None:
-        if not self.paused:
+        if self.ended or not self.paused:
             self._resumed.set()
 
     async def has_input(self) -> bool:
