@@ -120,8 +120,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _check(loaded: LoadedConfig) -> int:
+    from mqtt_trio.app import build_gateways
     from mqtt_trio.config_show import show
 
+    build_gateways(loaded)  # their client libraries know which options they take
     print(f"# mqtt-trio {__version__}, configuration: {loaded.path or 'defaults (no --config)'}")
     print("\n".join(show(loaded)))
     if loaded.inactive:

@@ -13,7 +13,6 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -95,22 +94,17 @@ class Node:
 
     def _build(self) -> None:
         """Make gateways and archive groups; the order of taps is groups first, then what gateways add."""
-        groups = [group for group in self.options.archive_groups if group.enabled and group.store != "NONE"]
-        needs_kafka = any(group.store == "KAFKA" for group in groups)
-        for section, package in GATEWAYS.items():
-            options = self.loaded.gateways.get(section)
-            if options is not None or needs_kafka:
-                self.gateways[section] = importlib.import_module(package).build(options)
+        self.gateways = build_gateways(self.loaded)
         if self.gateways:
             sys.setswitchinterval(SWITCH_INTERVAL)
-        self.groups = build_groups(groups, self._make_store, self.host)
+        self.groups = build_groups(self.options.archive_groups, self._make_store, self.host)
 
     def _make_store(self, group: ArchiveGroupOptions) -> ArchiveStore:
         if group.store == "KAFKA":
             return self.gateways["Kafka"].archive_store(group.kafka_topic, group.name)
         if group.store == "MEMORY":
             return MemoryStore(retention=group.retention, max_size=group.max_size)
-        path = archive_path(Path(self.options.persistence.path), group.name)
+        path = archive_path(self.options.persistence.path, group.name)
         return SqliteStore(path, retention=group.retention, max_size=group.max_size)
 
     async def _shut_down(self, accepting: trio.CancelScope) -> None:
@@ -145,6 +139,24 @@ class Node:
         for section, gateway in self.gateways.items():
             counters.update({f"{section.lower()}.{name}": n for name, n in gateway.counters().items()})
         return {name: value for name, value in counters.items() if value}
+
+
+def build_gateways(loaded: LoadedConfig) -> dict[str, Gateway]:
+    """Make the gateways that the configuration names; nothing is contacted.
+
+    Raises:
+      ConfigError: options that the gateway's client library does not know, or the library is missing.
+    """
+    built: dict[str, Gateway] = {}
+    problems: list[str] = []
+    for section, options in loaded.gateways.items():
+        try:
+            built[section] = importlib.import_module(GATEWAYS[section]).build(options)
+        except ConfigError as exc:
+            problems.extend(exc.problems)
+    if problems:
+        raise ConfigError(problems)
+    return built
 
 
 async def _run_gateway(gateway: Gateway, host: Host, *, task_status: trio.TaskStatus[None]) -> None:

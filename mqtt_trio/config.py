@@ -119,7 +119,7 @@ class Overrides:
 class LoadedConfig:
     options: Options
     gateways: Mapping[str, object] = attrs.field(factory=dict)
-    """Options of each gateway whose section is given, by the name of the section."""
+    """Options of each gateway whose section is given or whose store a group uses, by the name of the section."""
     origins: Mapping[Path, Origin] = attrs.field(factory=dict)
     """Who set which key; a key that is not here, nor anything above it, has its default."""
     inactive: tuple[str, ...] = ()
@@ -163,7 +163,9 @@ def load_config(
     options, gateways = _structure(sources, sections)
     sources.problems.extend(status.refusals(sources.table, sources.origins))
     if options is not None:
-        sources.problems.extend(_cross_check(options, {name.upper() for name in sections}, gateways))
+        sources.problems.extend(_cross_check(options))
+        for name in _wanted(options, sections):
+            gateways.setdefault(name, sections[name]())
     if sources.problems or options is None:
         raise ConfigError(_lines(sources))
     return LoadedConfig(
@@ -233,24 +235,23 @@ def _structure(sources: Sources, sections: Mapping[str, type]) -> tuple[Options 
     return options, gateways
 
 
-def _cross_check(
-    options: Options, gateway_stores: set[str], gateways: Mapping[str, object]
-) -> Iterator[tuple[Path, str]]:
+def _cross_check(options: Options) -> Iterator[tuple[Path, str]]:
     """Find what only shows when several keys are seen together."""
-    present = {name.upper() for name in gateways}
     try:
         merge_groups(options.archive_groups)
     except ConfigError as exc:
         yield from (split_problem(line, ()) for line in exc.problems)
-    for index, group in enumerate(options.archive_groups):
-        if group.enabled and group.store in gateway_stores - present:
-            section = group.store.capitalize()
-            yield ("ArchiveGroups", index, "Store"), f"{schema.quote(group.store)} needs a [{section}] section"
     taken: dict[tuple[str, int], int] = {}
     for index, listener in enumerate(options.listeners):
         if listener.port and (other := taken.setdefault((listener.host, listener.port), index)) != index:
             text = f"Listeners[{other}] has {listener.host}:{listener.port} already"
             yield ("Listeners", index, "Port"), text
+
+
+def _wanted(options: Options, sections: Mapping[str, type]) -> list[str]:
+    """Return the gateways that hold the store of an enabled group: with the defaults where the file has no section."""
+    stores = {group.store for group in options.archive_groups if group.enabled}
+    return [name for name in sections if name.upper() in stores]
 
 
 def _lines(sources: Sources) -> list[str]:

@@ -14,7 +14,6 @@ import re
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
 from pathlib import PurePath
 from typing import Any, Final, TypeAlias
 
@@ -60,8 +59,7 @@ def key_name(attribute: str) -> str:
     return "".join(ACRONYMS.get(word, word[:1].upper() + word[1:]) for word in attribute.split("_") if word)
 
 
-@cache
-def keys_of(options: type) -> Mapping[str, Key]:
+def keys_of(options: type[Any]) -> Mapping[str, Key]:
     """Return the keys of an options class by name."""
     hints = typing.get_type_hints(options)
     keys = {}
@@ -96,7 +94,7 @@ def _input_type(attribute: attrs.Attribute[Any], declared: Any) -> Any:
     return declared
 
 
-def secret_files(options: type) -> Mapping[str, Key]:
+def secret_files(options: type[Any]) -> Mapping[str, Key]:
     """Return the `<Key>File` keys of an options class, each with the secret that it fills."""
     keys = keys_of(options)
     return {f"{name}File": key for name, key in keys.items() if key.secret and f"{name}File" not in keys}
@@ -109,7 +107,7 @@ def arms(tp: Any) -> tuple[Any, ...]:
     return (tp,)
 
 
-def table_type(tp: Any) -> type | None:
+def table_type(tp: Any) -> type[Any] | None:
     """Return the options class among the alternatives of `tp`."""
     return next((arm for arm in arms(tp) if isinstance(arm, type) and attrs.has(arm)), None)
 

@@ -25,7 +25,7 @@ _CONTROL: Final = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 1
 class TextFormatter(logging.Formatter):
     """`2026-01-31T12:00:00.123Z INFO mqtt_trio.app: text`, control characters escaped: no client forges a line."""
 
-    converter = time.gmtime
+    converter = staticmethod(time.gmtime)
     default_time_format = "%Y-%m-%dT%H:%M:%S"
     default_msec_format = "%s.%03dZ"
 
@@ -68,7 +68,7 @@ def configure(options: LoggingOptions) -> None:
 
 def levels(loggers: Mapping[str, str]) -> dict[str, str]:
     """Return level by logger, with the aliases and short level names resolved."""
-    resolved = {"kafka": "WARNING"}  # its INFO tells of every connection; ours say what matters
+    resolved = {}
     for name, level in loggers.items():
         for alias, real in LOGGER_ALIASES.items():
             if name == alias or name.startswith(f"{alias}."):
