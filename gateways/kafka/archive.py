@@ -72,7 +72,8 @@ class KafkaArchiveStore:
                 index = entry.offered
                 entry.offered = index + 1
                 self._offer(entry, index, messages[index])
-            backlog.popleft()
+            if backlog and backlog[0] is entry:  # else a `done` submitted more, and that call got here first
+                backlog.popleft()
 
     def _offer(self, entry: Batch, index: int, message: Message) -> None:
         try:

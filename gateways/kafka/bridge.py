@@ -70,7 +70,7 @@ class ProducerBridge:
         self.outstanding_records = self.outstanding_messages = self.outstanding_bytes = 0
         self._window_records, self._window_bytes = window_records, window_bytes
         self._sent = self._sent_messages = self._failed = 0
-        self._room_waiters: list[Callable[[], None]] = []
+        self._room_waiters: deque[Callable[[], None]] = deque()
         self._outcomes: deque[tuple[Record, Exception | None]] = deque()
         self._drain_is_due = False
         self._token: trio.lowlevel.TrioToken | None = None
@@ -218,10 +218,8 @@ class ProducerBridge:
         records, size = self.outstanding_records, self.outstanding_bytes
         self.hard_full = records >= 2 * self._window_records or size >= 2 * self._window_bytes
         self.full = records >= self._window_records or size >= self._window_bytes
-        if not self.full and self._room_waiters:
-            waiters, self._room_waiters = self._room_waiters, []
-            for waiter in waiters:
-                waiter()
+        while self._room_waiters and not self.full:  # one that fills the window queues behind those still waiting
+            self._room_waiters.popleft()()
 
 
 class ConsumerBridge:
