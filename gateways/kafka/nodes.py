@@ -63,6 +63,7 @@ class Nodes:
         self._send = send
         self._hello_read = trio.Event()
         self._unsettled = 0
+        self._ended = False
         self._answered: dict[bytes, float] = {}
 
     # --- this node
@@ -82,13 +83,14 @@ class Nodes:
             self._forget_silent()
 
     def goodbye(self) -> None:
-        """Tell the others that this node ends in good order."""
-        if self._hello_read.is_set():
-            self._say(Kind.GOODBYE, self.facts)
+        """Tell the others that this node ends in good order; the last word."""
+        self._say(Kind.GOODBYE, self.facts)
+        self._ended = True
 
     def _say(self, kind: Kind, facts: NodeFacts) -> None:
-        self._unsettled += 1
-        self._send(kind, facts, self._settled)
+        if not self._ended:
+            self._unsettled += 1
+            self._send(kind, facts, self._settled)
 
     def _settled(self) -> None:
         self._unsettled -= 1

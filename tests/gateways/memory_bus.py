@@ -1,0 +1,298 @@
+"""A Kafka in memory with its producer and consumer bridges, and hosts, for several Bus instances on the fake clock."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import attrs
+import trio
+
+from gateways.kafka.bus import Bus, BusSettings
+from gateways.kafka.cluster import TopicFacts
+from gateways.kafka.records import ConsumedRecord, Record
+from mqtt_trio.errors import StartError
+from mqtt_trio.gateway import FrameRun, LocalClient, Message, ProtocolVersion, Tap
+
+LATENCY = 0.001
+"""Seconds between an offer and its confirmation."""
+SETTINGS = BusSettings()
+NOW = 1_790_000_000.25
+
+
+def frame(topic: str, payload: bytes = b"x", qos: int = 0, packet_id: int = 7, *, v5: bool = False) -> bytes:
+    """A PUBLISH packet of less than 128 bytes."""
+    name = topic.encode()
+    body = len(name).to_bytes(2, "big") + name
+    body += packet_id.to_bytes(2, "big") if qos else b""
+    body += (b"\0" if v5 else b"") + payload
+    assert len(body) < 128
+    return bytes((0x30 | qos << 1, len(body))) + body
+
+
+def run_of(topic: str, *payloads: bytes, client_id: str = "c", qos: int = 0, at: float = NOW) -> FrameRun:
+    """A run of 3.1.1 packets."""
+    frames = b"".join(frame(topic, payload, qos) for payload in payloads)
+    return FrameRun(frames, len(payloads), qos, ProtocolVersion.MQTT_3_1_1, client_id, at)
+
+
+class MemoryKafka:
+    """Logs by (topic, partition). `away` while `here` is not set: nothing is written or read."""
+
+    def __init__(self, partitions: int = 12, max_message_bytes: int = 1_048_588) -> None:
+        self.sizes = TopicFacts(partitions=partitions, max_message_bytes=max_message_bytes)
+        self.logs: dict[tuple[str, int], list[ConsumedRecord]] = {}
+        self.here = trio.Event()
+        self.here.set()
+        self.changed = trio.Event()
+        self.twice = False
+        """Every record is written twice, as a producer that was rebuilt may do."""
+        self.refuse: Callable[[Record], bool] = lambda record: False
+
+    def facts(self, topic: str) -> TopicFacts | None:
+        return self.sizes if self.here.is_set() else None
+
+    def log(self, topic: str, partition: int) -> list[ConsumedRecord]:
+        return self.logs.setdefault((topic, partition), [])
+
+    def records(self, topic: str) -> list[ConsumedRecord]:
+        return [record for (name, _), log in sorted(self.logs.items()) if name == topic for record in log]
+
+    def append(
+        self,
+        topic: str,
+        partition: int,
+        key: bytes | None,
+        value: bytes | None,
+        headers: Sequence[tuple[str, bytes]] = (),
+    ) -> None:
+        log = self.log(topic, partition)
+        log.append(ConsumedRecord(topic, partition, len(log), key, value, headers, 0))
+        self.changed.set()
+        self.changed = trio.Event()
+
+    def go_away(self) -> None:
+        self.here = trio.Event()
+
+    def come_back(self) -> None:
+        self.here.set()
+
+
+class MemoryProducer:
+    def __init__(self, kafka: MemoryKafka) -> None:
+        self.kafka = kafka
+        self.after_drain: Callable[[], None] = lambda: None
+        self.queue: list[Record] = []
+        self.offered = trio.Event()
+        self.emptied = trio.Event()
+
+    def offer(self, record: Record) -> None:
+        self.queue.append(record)
+        self.offered.set()
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        task_status.started()
+        while True:
+            await self.offered.wait()
+            await trio.sleep(LATENCY)
+            while self.queue:
+                await self.kafka.here.wait()
+                self.write(self.queue.pop(0))
+            self.offered = trio.Event()
+            self.after_drain()
+            self.emptied.set()
+            self.emptied = trio.Event()
+
+    def write(self, record: Record) -> None:
+        assert record.partition is not None
+        assert record.done is not None
+        if self.kafka.refuse(record):
+            record.done(ValueError("refused"))
+            return
+        for _ in range(2 if self.kafka.twice else 1):
+            self.kafka.append(record.topic, record.partition, record.key, record.value, record.headers)
+        record.done(None)
+
+    async def stop(self) -> None:
+        if self.queue:
+            await self.emptied.wait()
+
+    def counters(self) -> dict[str, int]:
+        return {}
+
+
+class MemoryConsumer:
+    """Reads the bus topic from the end and the retained topic from the beginning, one record a call."""
+
+    def __init__(
+        self, kafka: MemoryKafka, settings: BusSettings, on_records: Callable[[list[ConsumedRecord]], None]
+    ) -> None:
+        self.kafka = kafka
+        self.settings = settings
+        self.on_records = on_records
+        self.positions_known = trio.Event()
+        self.caught_up = trio.Event()
+        self.gate = trio.Event()
+        """While it is not set, nothing more is read."""
+        self.gate.set()
+        self.positions: dict[tuple[str, int], int] = {}
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        task_status.started()
+        await self.kafka.here.wait()
+        bus, retained = self.settings.topic, self.settings.retained_topic
+        for number in range(self.kafka.sizes.partitions):
+            self.positions[bus, number] = len(self.kafka.log(bus, number))
+            self.positions[retained, number] = 0
+        self.positions_known.set()
+        while True:
+            changed = self.kafka.changed
+            await self.kafka.here.wait()
+            for key, position in self.positions.items():
+                log = self.kafka.log(*key)
+                for record in log[position:]:
+                    await self.gate.wait()
+                    self.positions[key] += 1
+                    self.on_records([record])
+            self.caught_up.set()
+            await changed.wait()
+
+    def counters(self) -> dict[str, int]:
+        return {}
+
+
+class FakeLocal:
+    """What a node's subscribers and its retained store see."""
+
+    def __init__(self) -> None:
+        self.seen: list[FrameRun | Message] = []
+        self.retained: dict[str, Message] = {}
+
+    def publish(self, messages: Sequence[Message], *, tapped: bool = False) -> None:
+        assert not tapped
+        self.seen += messages
+
+    def publish_runs(self, runs: Sequence[FrameRun]) -> None:
+        self.seen += runs
+
+    def set_retained(self, message: Message) -> None:
+        if message.payload:
+            self.retained[message.topic_name] = message
+        else:
+            self.retained.pop(message.topic_name, None)
+
+
+class FakeHost:
+    def __init__(self, node_id: str, instance_id: bytes) -> None:
+        self.node_id = node_id
+        self.instance_id = instance_id
+        self.local = FakeLocal()
+        self.taps: list[Tap] = []
+        self.stopped: list[bool] = []
+
+    def add_tap(self, tap: Tap) -> None:
+        self.taps.append(tap)
+
+    def local_client(self, name: str) -> LocalClient:
+        return self.local
+
+    def flush(self) -> None:
+        pass
+
+    def stop_publishers(self, owner: object) -> None:
+        self.stopped.append(True)
+
+    def resume_publishers(self, owner: object) -> None:
+        self.stopped.append(False)
+
+
+@attrs.define
+class Node:
+    """One node of the cluster under test."""
+
+    host: FakeHost
+    bus: Bus
+    consumer: MemoryConsumer
+    scope: trio.CancelScope = attrs.Factory(trio.CancelScope)
+    error: Exception | None = None
+    ended: trio.Event = attrs.Factory(trio.Event)
+
+    @property
+    def seen(self) -> list[FrameRun | Message]:
+        return self.host.local.seen
+
+    @property
+    def payloads(self) -> list[bytes]:
+        """Payloads of what the subscribers saw; packets of runs by their last byte."""
+        return [item.payload if isinstance(item, Message) else item.frames[-1:] for item in self.seen]
+
+    def run_published(self, run: FrameRun, topic: str) -> object:
+        route = self.bus.route(topic)
+        assert route is not None
+        return route.take_run(run)
+
+    def publish(self, topic: str, payload: bytes = b"x", *, qos: int = 0, retain: bool = False) -> object:
+        """What the broker does with a PUBLISH of one of its clients."""
+        message = Message(topic, payload, qos, retain, client_id=self.host.node_id, published_at=NOW)
+        if retain:
+            self.host.local.set_retained(message)
+        route = self.bus.route(topic)
+        assert route is not None
+        return route.take(message)
+
+    def kill(self) -> None:
+        """End without a word, as kill -9 does."""
+        self.scope.cancel()
+
+
+class OnceStatus(trio.TaskStatus[None]):
+    """`started()` may be called again."""
+
+    def __init__(self, status: trio.TaskStatus[None]) -> None:
+        self._status: trio.TaskStatus[None] | None = status
+
+    def started(self, value: None = None) -> None:
+        if self._status is not None:
+            self._status.started()
+        self._status = None
+
+
+_numbers = iter(range(1, 1_000_000))
+
+
+def make_node(kafka: MemoryKafka, node_id: str, settings: BusSettings = SETTINGS) -> Node:
+    host = FakeHost(node_id, next(_numbers).to_bytes(16, "big"))
+    consumers: list[MemoryConsumer] = []
+
+    def make_consumer(on_records: Callable[[list[ConsumedRecord]], None]) -> MemoryConsumer:
+        consumers.append(MemoryConsumer(kafka, settings, on_records))
+        return consumers[0]
+
+    bus = Bus(settings, host, MemoryProducer(kafka), make_consumer, kafka.facts)
+    return Node(host, bus, consumers[0])
+
+
+async def run_node(node: Node, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+    """Run the bus of `node` as the gateway does; what it raises stands in `node.error`."""
+    try:
+        with node.scope:
+            async with trio.open_nursery() as nursery:
+                await nursery.start(note_error, node)
+                task_status.started()
+    finally:
+        node.ended.set()
+
+
+async def note_error(node: Node, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+    status = OnceStatus(task_status)
+    try:
+        await node.bus.run(task_status=status)
+    except StartError as exc:
+        node.error = exc
+        status.started()
+
+
+async def start_node(nursery: trio.Nursery, kafka: MemoryKafka, node_id: str, settings: BusSettings = SETTINGS) -> Node:
+    """Start a node; back when its listeners would open (or it failed)."""
+    node = make_node(kafka, node_id, settings)
+    await nursery.start(run_node, node)
+    return node
