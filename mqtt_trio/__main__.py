@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import os
 import sys
@@ -75,9 +76,7 @@ def gateway_sections() -> dict[str, type]:
     """
     sections: dict[str, type] = {}
     if importlib.util.find_spec("gateways.kafka") is not None:
-        from gateways.kafka.options import KafkaOptions
-
-        sections["Kafka"] = KafkaOptions
+        sections["Kafka"] = importlib.import_module("gateways.kafka.options").KafkaOptions
     return sections
 
 

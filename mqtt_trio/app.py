@@ -6,6 +6,7 @@ import gc
 import importlib
 import json
 import logging
+import math
 import os
 import resource
 import secrets
@@ -17,7 +18,6 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
-from mqtt_trio import logs
 from mqtt_trio.archive.groups import ArchiveGroup, build_groups
 from mqtt_trio.archive.memory import MemoryStore
 from mqtt_trio.archive.options import ArchiveGroupOptions
@@ -28,6 +28,7 @@ from mqtt_trio.config import LoadedConfig
 from mqtt_trio.errors import ConfigError, MqttTrioError
 from mqtt_trio.gateway import Gateway
 from mqtt_trio.host import Host
+from mqtt_trio.logs import configure as configure_logging
 from mqtt_trio.server.clients import Clients
 from mqtt_trio.server.listeners import Listener, open_listeners
 from mqtt_trio.server.timers import DeadlineTimer
@@ -45,6 +46,9 @@ SWITCH_INTERVAL: Final = 0.0005
 GC_THRESHOLDS: Final = (100_000, 50, 50)
 FAREWELL_SHARE: Final = 0.3
 """Of [Shutdown] Timeout, for clients that read their DISCONNECT slowly."""
+
+SECOND_SIGNAL: Final = 1.0
+"""Seconds: a terminal, a wrapper script and a supervisor may all send the one signal that somebody meant."""
 
 
 class Node:
@@ -174,7 +178,7 @@ def _make_poller(broker: Broker) -> Poller | None:
 
 def serve(loaded: LoadedConfig) -> int:
     """Run a node until SIGTERM or SIGINT; return the exit code."""
-    logs.configure(loaded.options.logging)
+    configure_logging(loaded.options.logging)
     _raise_file_limit()
     try:
         trio.run(_main, loaded, strict_exception_groups=True)
@@ -210,11 +214,16 @@ async def _announce(node: Node) -> None:
 
 
 async def _stop_on_signal(signals: AsyncIterator[int], node: Node, start: trio.CancelScope) -> None:
-    """The first signal stops in order, the second at once; until the start is done there is nothing to put in order."""
+    """The first signal stops in order; a later one, SECOND_SIGNAL or more behind it, at once. Until the start is done
+    there is nothing to put in order."""
+    impatient_at = math.inf
     async for number in signals:
-        if node.stopping.is_set():
+        if trio.current_time() >= impatient_at:
             logger.warning("%s again: stopping at once", signal.Signals(number).name)
             os._exit(1)
+        if node.stopping.is_set():
+            continue
+        impatient_at = trio.current_time() + SECOND_SIGNAL
         logger.info("%s: stopping", signal.Signals(number).name)
         node.stopping.set()
         if not node.started.is_set():

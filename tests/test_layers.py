@@ -33,6 +33,12 @@ MAY_IMPORT = {
 package only re-exports public names; no layer imports through it.
 """
 
+PART_OF = {"host": "app", "logs": "app", "summary": "app"}
+"""Modules of their own that belong to a layer with another name."""
+
+VERSION = "__version__"
+"""All that a layer may take from the top package."""
+
 GATEWAYS_MAY_IMPORT = ("mqtt_trio.gateway", "mqtt_trio.archive.store", "mqtt_trio.errors")
 
 IMPURE = {
@@ -44,7 +50,7 @@ IMPURE = {
 
 ONLY_IN = {
     "kafka": {"gateways/kafka/workers.py", "gateways/kafka/security.py"},
-    "sqlite3": {"mqtt_trio/archive/sqlite.py", "mqtt_trio/server/sqlite_store.py"},
+    "sqlite3": {"mqtt_trio/archive/sqlite.py", "mqtt_trio/archive/sqlite_file.py", "mqtt_trio/server/sqlite_store.py"},
 }
 """Library -> the modules that may import it: its blocking calls stay in their threads."""
 
@@ -69,7 +75,8 @@ def within(module: str, allowed: str) -> bool:
 def layer_of(path: Path) -> str:
     """Return the layer of a file of mqtt_trio: `config_schema.py` belongs to `config`, `broker/x.py` to `broker`."""
     first = path.relative_to(ROOT / "mqtt_trio").parts[0].removesuffix(".py")
-    return first.partition("_")[0] if not first.startswith("_") else first
+    layer = first.partition("_")[0] if not first.startswith("_") else first
+    return PART_OF.get(layer, layer)
 
 
 def wrong_imports(source: str, path: Path) -> list[str]:
@@ -94,7 +101,7 @@ def wrong_imports(source: str, path: Path) -> list[str]:
             found.append(f"{name} imports {module}: gateways are named in the configuration and loaded by name")
         if top == "mqtt_trio" and layer != "__init__":
             inner = module.partition(".")[2]
-            allowed = (*MAY_IMPORT[layer], *own_modules(layer))
+            allowed = (VERSION, *(each for one in (layer, *MAY_IMPORT[layer]) for each in own_modules(one)))
             if not any(within(inner, each) for each in allowed):
                 found.append(f"{name} imports {module}: layer {layer} may import {allowed}")
     return found
@@ -103,7 +110,7 @@ def wrong_imports(source: str, path: Path) -> list[str]:
 def own_modules(layer: str) -> tuple[str, ...]:
     """Return the modules that make up a layer of several files at the top level (config, config_schema, ...)."""
     files = (p.stem for p in (ROOT / "mqtt_trio").glob(f"{layer}_*.py"))
-    return (layer, *files)
+    return (layer, *files, *(module for module, owner in PART_OF.items() if owner == layer))
 
 
 def test_imports_point_one_way() -> None:

@@ -48,7 +48,7 @@ class LocalPublisher:
     def _publish_run(self, run: FrameRun, now: float) -> None:
         broker, metrics = self.broker, self.broker.metrics
         lane = self._lanes[run.protocol_version == ProtocolVersion.MQTT_5_0]
-        received = metrics.messages_received_qos0, metrics.messages_received_qos1
+        received = metrics.packets_received, metrics.messages_received_qos0, metrics.messages_received_qos1
         frames, pos = run.frames, 0
         while (pos := lane.handle(frames, pos, now)) < len(frames):
             # The full path takes one frame; the lane knows its topic from then on.
@@ -59,7 +59,7 @@ class LocalPublisher:
             broker.sender.deliver(message, audience, now)
             lane.learn(message.topic_name, audience)
             pos += len(frame)
-        metrics.messages_received_qos0, metrics.messages_received_qos1 = received
+        metrics.packets_received, metrics.messages_received_qos0, metrics.messages_received_qos1 = received
         metrics.messages_local += run.count
         lane.outbox.frames.clear()
         lane.outbox.room = lane.outbox.limit

@@ -207,6 +207,9 @@ class Link:
             return float("inf")
         return self.last_packet_at + self.silence_limit
 
+    def _is_silent(self) -> bool:
+        return not self.ended and trio.current_time() >= self.silence_deadline()
+
     async def supervise(self) -> None:
         """The client's one task, from its first byte to its last. Cancelled, it ends the client without a farewell."""
         try:
@@ -214,8 +217,7 @@ class Link:
                 self.changed = trio.Event()
                 with trio.move_on_at(self.silence_deadline()):
                     await self.changed.wait()
-                if not self.ended and trio.current_time() >= self.silence_deadline():
-                    await self._end_silent()
+                await self._end_silent()
             self.broker.flush()
             with trio.move_on_after(CLOSE_GRACE):
                 await self.drained()
@@ -229,8 +231,8 @@ class Link:
             self.broker.metrics.connections_closed += 1
 
     async def _end_silent(self) -> None:
-        """End a silent client, unless what it sent is still unread: reading late is our fault, not its silence."""
-        if await self.has_input() or self.ended or trio.current_time() < self.silence_deadline():
+        """End the client if it was silent for too long, unless what it sent is still unread: reading late is our fault, not its silence."""
+        if not self._is_silent() or await self.has_input() or not self._is_silent():
             return
         metrics = self.broker.metrics
         if self.session is None:
