@@ -228,6 +228,7 @@ class Poller:
                         link.ready(event, now)
                 broker.flush()
         finally:
+            links.clear()  # their tasks may still end them
             epoll.close()
 
 

@@ -1,0 +1,269 @@
+"""Links on real sockets: the poller, frozen readers, crashes that stay with one client, paused publishers."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+import trio
+
+from mqtt_trio.broker.broker import Broker
+from mqtt_trio.broker.limits import Limits
+from mqtt_trio.broker.message import Message
+from mqtt_trio.broker.outbox import ClientLink
+from mqtt_trio.broker.tap import Answer, FrameRun, Hold, Refused, TapRoute, read_run
+from mqtt_trio.protocol.codes import ProtocolVersion, QoS, ReasonCode
+from mqtt_trio.protocol.encode import encode
+from mqtt_trio.protocol.packets import ConnAck, Connect, Disconnect, Packet, PingReq, PingResp, PubAck, Publish
+from mqtt_trio.server.clients import Clients
+from mqtt_trio.server.listeners import Listener, ListenerOptions, open_listener
+from mqtt_trio.server.poller import Poller
+from mqtt_trio.testing import TestClient
+
+V311, V5 = ProtocolVersion.MQTT_3_1_1, ProtocolVersion.MQTT_5_0
+LIMIT = 20
+"""Seconds that any of these tests may take."""
+
+
+class Served:
+    """A broker on a real port."""
+
+    def __init__(self, broker: Broker, clients: Clients, listener: Listener) -> None:
+        self.broker = broker
+        self.clients = clients
+        self.listener = listener
+        self.streams: list[trio.SocketStream] = []
+
+    async def open(self) -> trio.SocketStream:
+        self.streams.append(await trio.open_tcp_stream("127.0.0.1", self.listener.port))
+        return self.streams[-1]
+
+    async def connect(self, client_id: str, version: ProtocolVersion = V5, keep_alive: int = 0) -> TestClient:
+        client = TestClient(await self.open(), version)
+        await client.send(Connect(client_id=client_id, protocol_version=version, keep_alive=keep_alive))
+        client.connack = await client.expect(ConnAck)
+        return client
+
+
+@asynccontextmanager
+async def serve(limits: Limits | None = None, kind: str = "tcp") -> AsyncIterator[Served]:
+    numbers = iter(range(10_000))
+    broker = Broker(limits or Limits(), random_id=lambda: f"auto-{next(numbers)}", wall_offset=1e9)
+    poller = Poller(broker)
+    clients = Clients(broker, poller)
+    listener = await open_listener(ListenerOptions(type=kind, port=0))
+    with trio.fail_after(LIMIT):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(poller.run)
+            nursery.start_soon(listener.serve, clients.serve, nursery, broker.metrics)
+            served = Served(broker, clients, listener)
+            try:
+                yield served
+            finally:
+                for stream in served.streams:
+                    stream.socket.close()
+                listener.close()
+                nursery.cancel_scope.cancel()
+
+
+class HoldingTap:
+    """Holds or refuses every QoS 1 and 2 message."""
+
+    def __init__(self) -> None:
+        self.holds: list[Hold] = []
+        self.refuse: ReasonCode | None = None
+
+    def route(self, topic_name: str) -> TapRoute | None:
+        return self
+
+    def take_run(self, run: FrameRun) -> Answer:
+        return self.take(read_run(run)[0])
+
+    def take(self, message: Message) -> Answer:
+        if not message.qos:
+            return None
+        if self.refuse is not None:
+            return Refused(self.refuse)
+        self.holds.append(Hold())
+        return self.holds[-1]
+
+
+async def wait_for_holds(tap: HoldingTap, count: int) -> None:
+    while len(tap.holds) < count:
+        await trio.lowlevel.checkpoint()
+
+
+@pytest.mark.parametrize("version", [V311, V5])
+@pytest.mark.parametrize("qos", [0, 1, 2])
+async def test_messages_pass(version: ProtocolVersion, qos: int) -> None:
+    async with serve() as served:
+        sender, receiver = await served.connect("s", version), await served.connect("r", V311)
+        await receiver.subscribe("t/#", qos=qos)
+        for number in range(5):
+            await sender.publish(f"t/{number}", b"x" * number * 70_000, qos=qos)
+        for number in range(5):
+            message = await receiver.next_message()
+            assert (message.topic_name, len(message.payload), message.qos) == (f"t/{number}", number * 70_000, qos)
+
+
+async def test_a_frozen_reader_delays_nobody_and_loses_only_its_own() -> None:
+    async with serve(Limits(outbox_bytes=65_536)) as served:
+        frozen, healthy, sender = [await served.connect(name) for name in ("frozen", "healthy", "sender")]
+        await frozen.subscribe("t", qos=0)
+        await healthy.subscribe("t", qos=0)
+        frame = encode(Publish("t", b"x" * 10_000), V5)
+        for _ in range(2000):
+            await sender.stream.send_all(frame)
+            assert (await healthy.next_message()).topic_name == "t"
+        metrics = served.broker.metrics
+        assert metrics.dropped_outbox_full > 500
+        assert metrics.messages_sent_qos0 + metrics.dropped_outbox_full == 4000
+        link = next(link for link in served.clients.links if link.session and link.session.client_id == "frozen")
+        assert len(link.backlog or b"") <= 65_536  # type: ignore[attr-defined]
+        received = 0
+        with trio.move_on_after(2):
+            while received + metrics.dropped_outbox_full < 2000:
+                assert len((await frozen.next_message()).payload) == 10_000  # no frame is cut
+                received += 1
+        assert received + metrics.dropped_outbox_full == 2000
+
+
+async def test_qos1_waits_for_a_slow_reader() -> None:
+    async with serve(Limits(outbox_bytes=65_536, inflight_messages=1000)) as served:
+        slow, sender = await served.connect("slow"), await served.connect("sender")
+        await slow.subscribe("t", qos=1)
+        for number in range(900):
+            await sender.publish("t", number.to_bytes(2, "big") + b"x" * 10_000, qos=1)
+        for number in range(900):
+            assert (await slow.next_message()).payload[:2] == number.to_bytes(2, "big")
+        assert served.broker.metrics.dropped_queue_full == 0
+
+
+async def test_one_crash_leaves_the_others_alive(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with serve() as served:
+        healthy, victim = await served.connect("healthy"), await served.connect("victim")
+        handle = served.broker.handle
+
+        def broken(link: ClientLink, packet: Packet, now: float) -> bool:
+            if link.session is not None and link.session.client_id == "victim":
+                raise RuntimeError("a bug")
+            return handle(link, packet, now)
+
+        monkeypatch.setattr(served.broker, "handle", broken)
+        await victim.send(PingReq())
+        assert await victim.closed() == Disconnect(ReasonCode.UNSPECIFIED_ERROR)
+        await healthy.send(PingReq())
+        assert await healthy.next_packet() == PingResp()
+        assert served.broker.metrics.client_failures == 1
+        assert "'victim'" in caplog.text
+        assert "a bug" in caplog.text
+
+
+async def test_a_reset_connection_is_noticed() -> None:
+    async with serve() as served:
+        client = await served.connect("c")
+        client.stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # type: ignore[attr-defined]
+        await client.stream.aclose()
+        while served.clients.links:
+            await trio.lowlevel.checkpoint()
+        assert served.broker.metrics.clients_connected == 0
+
+
+async def test_acknowledgements_wait_for_their_hold_and_keep_their_order() -> None:
+    async with serve() as served:
+        tap = HoldingTap()
+        served.broker.add_tap(tap)
+        client = await served.connect("c")
+        for packet_id in (1, 2, 3):
+            await client.send(Publish("t", b"", QoS(1), packet_id=packet_id))
+        await wait_for_holds(tap, 3)
+        for hold in reversed(tap.holds[1:]):
+            hold.release()
+        served.broker.flush()
+        assert await client.nothing_waits()
+        tap.holds[0].release()
+        served.broker.flush()
+        assert [await client.next_packet() for _ in range(3)] == [PubAck(1), PubAck(2), PubAck(3)]
+
+
+async def test_a_refused_message() -> None:
+    async with serve() as served:
+        tap = HoldingTap()
+        tap.refuse = ReasonCode.QUOTA_EXCEEDED
+        served.broker.add_tap(tap)
+        receiver = await served.connect("r")
+        await receiver.subscribe("t")
+        client = await served.connect("c")
+        for _ in range(3):
+            assert await client.publish("t", qos=1) == ReasonCode.QUOTA_EXCEEDED
+        old = await served.connect("old", V311)
+        await old.send(Publish("t", b"", QoS(1), packet_id=1))
+        assert await old.closed() is None
+        assert await receiver.nothing_waits()
+        assert served.broker.metrics.dropped_by_tap == 4
+
+
+async def test_a_311_publisher_beyond_the_bound_is_not_read_from() -> None:
+    async with serve(Limits(receive_maximum=3)) as served:
+        tap = HoldingTap()
+        served.broker.add_tap(tap)
+        client = await served.connect("c", V311, keep_alive=1)
+        for packet_id in range(1, 11):
+            await client.send(Publish("t", b"", QoS(1), packet_id=packet_id))
+        await wait_for_holds(tap, 3)
+        assert served.broker.metrics.publishers_paused == 1
+        for number in range(10):
+            assert len(tap.holds) == min(10, number + 3)
+            tap.holds[number].release()
+            served.broker.flush()
+            assert await client.next_packet() == PubAck(number + 1)
+
+
+async def test_a_5_publisher_beyond_receive_maximum() -> None:
+    async with serve(Limits(receive_maximum=3)) as served:
+        served.broker.add_tap(HoldingTap())
+        client = await served.connect("c")
+        assert client.connack is not None
+        assert client.connack.receive_maximum == 3
+        for packet_id in range(1, 5):
+            await client.send(Publish("t", b"", QoS(1), packet_id=packet_id))
+        assert await client.closed() == Disconnect(ReasonCode.RECEIVE_MAXIMUM_EXCEEDED)
+
+
+async def test_stopped_publishers_go_on_in_order() -> None:
+    async with serve() as served:
+        receiver = await served.connect("r")
+        await receiver.subscribe("t", qos=1)
+        client = await served.connect("c", keep_alive=1)
+        assert await client.publish("t", b"0", qos=1) == ReasonCode.SUCCESS
+        served.broker.stop_publishers(served)
+        await client.send(Publish("t", b"1", QoS(1), packet_id=11))
+        await client.send(Publish("t", b"2"))
+        await client.send(Publish("t", b"3", QoS(2), packet_id=13))
+        while not served.broker.metrics.publishers_paused:
+            await trio.lowlevel.checkpoint()
+        assert (await receiver.next_message()).payload == b"0"
+        assert await receiver.nothing_waits()
+        served.broker.resume_publishers(served)
+        served.broker.flush()
+        assert [(await receiver.next_message()).payload for _ in range(3)] == [b"1", b"2", b"3"]
+
+
+async def test_a_client_that_never_reads_its_answers_is_ended() -> None:
+    async with serve(Limits(outbox_bytes=65_536)) as served:
+        client = await served.connect("c")
+        pings = encode(PingReq(), V5) * 10_000
+
+        async def ask_for_ever() -> None:
+            while True:
+                await client.stream.send_all(pings)
+
+        with pytest.raises(trio.BrokenResourceError):
+            await ask_for_ever()
+        while served.clients.links:
+            await trio.lowlevel.checkpoint()
+        assert served.broker.metrics.clients_connected == 0
