@@ -27,7 +27,7 @@ LOG_LIMIT: Final = 8 * 1024 * 1024
 LOG_RESERVE: Final = 64 * 1024 * 1024
 """Bytes of `max_size` set aside for the log, at most: a single message may need them."""
 DELETE_ROWS: Final = 1000
-"""Rows deleted in one transaction."""
+"""Rows deleted in one transaction, at most."""
 TRANSACTION_ROWS: Final = 20_000
 ROW_OVERHEAD: Final = 200
 """Bytes of a row, its keys and its index entries beside the text and payload that it holds."""
@@ -126,6 +126,7 @@ class ArchiveFile:
         self._log_path = f"{path}-wal"
         self._reserve = LOG_RESERVE if max_size is None else min(max_size // 4, LOG_RESERVE)
         self._budget = min(self._reserve // 2, LOG_LIMIT)
+        self._limit = self._delete_rows = self._page = 0  # known once the file is open
         self._db = sqlite3.connect(path, timeout=1.0, isolation_level=None, check_same_thread=False)
         try:
             self._prepare(synchronous)
@@ -141,6 +142,8 @@ class ArchiveFile:
             raise ForeignFileError(f"it has version {version}, this program knows up to {SCHEMA_VERSION}")
         if tables and (version == 0 or "messages" not in tables):
             raise ForeignFileError("it is another program's database")
+        if tables and not {row[1] for row in run("PRAGMA table_info(messages)")}.issuperset(COLUMNS):
+            raise ForeignFileError("its table messages has other columns")
         if not tables:
             run("PRAGMA auto_vacuum = INCREMENTAL")  # before the first table, or never
         run("PRAGMA journal_mode = WAL").fetchone()
@@ -148,10 +151,10 @@ class ArchiveFile:
         run("PRAGMA wal_autocheckpoint = 0")  # `_fold_log` does it
         if not tables:
             self._db.executescript(f"BEGIN IMMEDIATE;{SCHEMA}PRAGMA user_version = {SCHEMA_VERSION};COMMIT;")
-        columns = {row[1] for row in run("PRAGMA table_info(messages)")}
-        if not columns.issuperset(COLUMNS):
-            raise ForeignFileError("its table messages has other columns")
         (self._page,) = run("PRAGMA page_size").fetchone()
+        self._limit = 0 if self.max_size is None else (self.max_size - self._reserve) // self._page
+        # A deleted row may change a leaf of the table and one of each index, all of which go through the log.
+        self._delete_rows = max(min(DELETE_ROWS, self._budget // (3 * self._page)), 1)
         run("BEGIN IMMEDIATE")  # shows now, not at the first message, whether the file may be written
         run("ROLLBACK")
         self._fold_log()
@@ -160,23 +163,22 @@ class ArchiveFile:
         """Close; the log is folded into the file and removed when nobody else has it open."""
         self._db.close()
 
-    def fitting(self, messages: Sequence[Message], start: int) -> tuple[int, int]:
-        """Return how far a transaction that begins at `start` goes, and the bytes that it takes at most.
+    def fitting(self, messages: Sequence[Message], start: int, end: int) -> tuple[int, int]:
+        """Return how far a transaction of messages[start:end] goes, and the bytes that it takes at most.
 
         Raises:
           MessageTooLargeError: the first message alone is too large for the bound.
         """
-        budget = self._budget if self.max_size is not None else LOG_LIMIT
         topics: set[str] = set()
         total = 4 * PAGE  # the root, the pages that change whatever is inserted
-        end = min(len(messages), start + TRANSACTION_ROWS)
+        end = min(end, start + TRANSACTION_ROWS)
         for at in range(start, end):
             message = messages[at]
             cost = cost_of(message)
             if message.topic_name not in topics:
                 topics.add(message.topic_name)
                 cost += 2 * PAGE  # a leaf of the index, which may split
-            if total + cost > budget:
+            if total + cost > self._budget:
                 if at > start:
                     return at, total
                 if self.max_size is not None and total + cost > self._reserve:
@@ -194,7 +196,7 @@ class ArchiveFile:
                 self._fold_log()
             self._make_room(cost)
         self._transaction(_INSERT, [row_of(message) for message in messages])
-        if self.log_size >= self._budget:
+        if self.log_size > self._budget:
             self._fold_log()
 
     def _transaction(self, statement: str, rows: Sequence[Row]) -> int:
@@ -222,48 +224,61 @@ class ArchiveFile:
     # --- bounds ---
 
     def _pages(self) -> tuple[int, int]:
-        """Return the pages of the file and those of them that are unused."""
+        """Return the pages of the file and how many of them are in use."""
         (pages,) = self._db.execute("PRAGMA page_count").fetchone()
         (unused,) = self._db.execute("PRAGMA freelist_count").fetchone()
-        return pages, unused
+        return pages, pages - unused
 
     def _make_room(self, cost: int) -> None:
-        """Delete the oldest rows until `cost` bytes fit into the bound, and give back pages beyond it."""
-        if self.max_size is None:
-            return
-        limit, needed = (self.max_size - self._reserve) // self._page, -(-cost // self._page)
-        pages, unused = self._pages()
-        start = pages - unused
-        while pages - unused + needed > limit and self._delete_oldest(pages - unused, needed):
-            pages, unused = self._pages()
-            if start - (pages - unused) > 8 * needed and unused >= needed:
-                break  # a bound that was lowered a lot: the next transactions go on, this one need not wait for all
-        while pages > limit and unused:
-            self._db.execute(f"PRAGMA incremental_vacuum({self._budget // self._page})").fetchall()
-            self._fold_log()
-            before, (pages, unused) = pages, self._pages()
-            if pages >= before:
-                break
+        """Delete the oldest rows until `cost` bytes fit into pages within the bound."""
+        needed = -(-cost // self._page)
+        pages, used = self._pages()
+        before = used
+        while used + needed > self._limit and self._delete_oldest(used, needed):
+            pages, used = self._pages()
+            if before - used > 8 * needed and pages - used >= needed:
+                break  # the bound was lowered a lot: the rest is for `tend`, this transaction does not wait for it
 
     def _delete_oldest(self, used: int, needed: int) -> bool:
-        """Delete about as many of the oldest rows as `needed` pages hold, of `used`; say whether there were any."""
-        first, last = self._db.execute("SELECT min(id), max(id) FROM messages").fetchone()
+        """Delete about as many of the oldest rows as fill `needed` pages, of `used`; say whether there were any."""
+        first, last = self._db.execute(
+            "SELECT (SELECT min(id) FROM messages), (SELECT max(id) FROM messages)"
+        ).fetchone()
         if first is None:
             return False
-        rows = last - first + 1  # ids have no gaps: only the oldest rows are ever deleted
-        chunk = min(max(2 * rows * needed // max(used, 1), 1), DELETE_ROWS, rows)
-        deleted = self._transaction("DELETE FROM messages WHERE id < ?", [(first + chunk,)])
-        if self.log_size >= self._budget:
-            self._fold_log()
-        return deleted > 0
+        rows = last - first + 1  # ids have next to no gaps: the oldest rows are deleted, no others
+        chunk = min(max(rows * needed // max(used, 1), 1), self._delete_rows, rows)
+        return self._delete("DELETE FROM messages WHERE id < ?", (first + chunk,)) > 0
 
-    def delete_before(self, timestamp_ms: int) -> bool:
-        """Delete some of the rows older than that; say whether there may be more."""
-        deleted = self._transaction(
+    def _delete(self, statement: str, values: Row) -> int:
+        if self.log_size > self._budget:
+            self._fold_log()
+        deleted = self._transaction(statement, [values])
+        if self.log_size > self._budget:
+            self._fold_log()
+        return deleted
+
+    def tend(self, before_ms: int | None) -> bool:
+        """Do one short step towards the bounds: rows older than `before_ms`, what a lowered `max_size` leaves over.
+
+        Returns whether there is more to do at once.
+        """
+        more = before_ms is not None and self._delete_before(before_ms)
+        if self.max_size is None:
+            return more
+        pages, used = self._pages()
+        if used > self._limit:
+            return self._delete_oldest(used, used - self._limit) or more
+        if pages > self._limit:
+            self._db.execute(f"PRAGMA incremental_vacuum({self._budget // self._page})").fetchall()
+            self._fold_log()
+            return self._pages()[0] < pages or more
+        return more
+
+    def _delete_before(self, timestamp_ms: int) -> bool:
+        deleted = self._delete(
             "DELETE FROM messages WHERE id IN (SELECT id FROM messages WHERE timestamp_ms < ?"
             " ORDER BY timestamp_ms LIMIT ?)",
-            [(timestamp_ms, DELETE_ROWS)],
+            (timestamp_ms, self._delete_rows),
         )
-        if self.log_size >= self._budget:
-            self._fold_log()
-        return deleted >= DELETE_ROWS
+        return deleted >= self._delete_rows
