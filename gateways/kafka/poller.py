@@ -197,7 +197,7 @@ class Poller:
         start = size = 0
         for number, record in enumerate(records):
             size += len(record.value or b"")
-            if size >= CHUNK_BYTES or number - start >= CHUNK_RECORDS:
+            if size >= CHUNK_BYTES or number - start + 1 >= CHUNK_RECORDS:
                 self._give_records(records[start : number + 1])
                 start, size = number + 1, 0
         if start < len(records):

@@ -20,6 +20,7 @@ import lz4.frame
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 from kafka.admin import ConfigResource, ConfigResourceType, KafkaAdminClient
 from kafka.net.compat import KafkaNetClient
+from kafka.net.inet import KafkaNetSocket
 
 from gateways.kafka.options import KafkaOptions
 from gateways.kafka.records import ConsumedRecord, Record
@@ -49,6 +50,23 @@ OWNED: Final = frozenset(
     }
 )  # fmt: skip
 """Client options that the gateway sets, or that would break what it promises."""
+
+
+async def connect_or_close(
+    self: KafkaNetSocket, net: Any, sock: socket.socket, sockaddr: Any, timeout_at: float | None = None
+) -> socket.socket:
+    """Do what `KafkaNetSocket.sock_connect` does, but do not leave a socket that could not connect to the garbage
+    collector: an outage has thousands of them, and the collector runs rarely."""
+    try:
+        connected: socket.socket = await sock_connect(self, net, sock, sockaddr, timeout_at=timeout_at)
+    except BaseException:
+        sock.close()
+        raise
+    return connected
+
+
+sock_connect = KafkaNetSocket.sock_connect
+KafkaNetSocket.sock_connect = connect_or_close
 
 
 def quiet_loggers() -> None:

@@ -1,0 +1,598 @@
+"""The bridge between the Trio thread and the Kafka threads, with producers and consumers in memory."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import attrs
+import pytest
+import trio
+
+from gateways.kafka.bridge import ConsumerBridge, ProducerBridge, Record
+from gateways.kafka.cluster import Cluster, TopicFacts
+from gateways.kafka.options import KafkaOptions
+from gateways.kafka.poller import Poller
+from gateways.kafka.records import ConsumedRecord
+from mqtt_trio.errors import GatewayError
+
+LIMIT = 20.0
+"""Seconds after which a test that waits has failed."""
+
+
+async def told(cluster: Cluster, condition: Callable[[], bool]) -> None:
+    """Wait until `condition` holds, which some change of `cluster` brings about."""
+    token, event = trio.lowlevel.current_trio_token(), trio.Event()
+
+    def look() -> None:
+        if condition():
+            token.run_sync_soon(event.set)
+
+    cluster.listen(look)
+    look()
+    with trio.fail_after(LIMIT):
+        await event.wait()
+    cluster.unlisten(look)
+
+
+class PoisonError(Exception):
+    """A fault of one record."""
+
+
+class AwayError(Exception):
+    """Kafka is not there."""
+
+
+class FakeFaults:
+    """Tells the fake producer's exceptions apart."""
+
+    def is_fault_of_record(self, error: BaseException) -> bool:
+        return isinstance(error, PoisonError)
+
+    def is_retriable(self, error: BaseException) -> bool:
+        return isinstance(error, AwayError)
+
+
+Sent = tuple[Record, Callable[[Record, Any], None], Callable[[Record, Any], None]]
+
+
+class FakeKafka:
+    """A log in memory, and the producers that write to it.
+
+    A producer takes records into a batch per partition; `deliver`, in the feeder's thread through `send`, completes
+    a batch when it has `batch` records. Refused: a batch with a poisoned record, and everything while `broken`.
+    """
+
+    def __init__(self, batch: int = 1) -> None:
+        self.batch = batch
+        self.log: list[Record] = []
+        self.opened = 0
+        self.away = 0
+        """How many producers fail to connect."""
+        self.fail_at: set[int] = set()
+        """Counts of sent records at which the producer breaks."""
+        self.hang = False
+        self.sent = 0
+        self.on_open: Callable[[], None] = lambda: None
+
+    def open(self) -> FakeProducer:
+        if self.away:
+            self.away -= 1
+            raise AwayError("nobody answers")
+        self.opened += 1
+        self.on_open()
+        return FakeProducer(self)
+
+    def values(self, partition: int) -> list[bytes | None]:
+        return [record.value for record in self.log if record.partition == partition]
+
+
+class FakeProducer:
+    def __init__(self, kafka: FakeKafka) -> None:
+        self.kafka = kafka
+        self.batch: list[Sent] = []
+        self.broken = False
+        self.lock = threading.RLock()
+        self.timer: threading.Timer | None = None
+
+    def send(
+        self, record: Record, partition: int, done: Callable[[Record, Any], None], failed: Callable[[Record, Any], None]
+    ) -> None:
+        with self.lock:
+            if self.broken:
+                raise RuntimeError("closed")
+            if record.value == b"unfit":
+                raise ValueError("no such header")
+            self.kafka.sent += 1
+            self.batch.append((record, done, failed))
+            if self.kafka.sent in self.kafka.fail_at:
+                self._fail(AwayError("broken pipe"))
+            elif len(self.batch) >= self.kafka.batch:
+                self._deliver()
+            elif self.timer is None:
+                self.timer = threading.Timer(0.02, self._deliver)
+                self.timer.start()
+
+    def _deliver(self) -> None:
+        with self.lock:
+            self.timer = None
+            if self.broken or self.kafka.hang:
+                return
+            if any((record.value or b"").startswith(b"poison") for record, _, _ in self.batch):
+                self._fail(PoisonError("the batch holds a record that is none"))
+                return
+            batch, self.batch = self.batch, []
+            for record, done, _ in batch:
+                self.kafka.log.append(record)
+                done(record, None)
+
+    def _fail(self, exc: Exception) -> None:
+        batch, self.batch = self.batch, []
+        for record, _, failed in batch:
+            failed(record, exc)
+
+    def too_large(self, record: Record, limit: int) -> bool:
+        return True
+
+    def break_off(self) -> None:
+        self.broken = True
+
+    def close(self, wait: float) -> None:
+        with self.lock:
+            self.broken = True
+            if self.timer is not None:
+                self.timer.cancel()
+            self._fail(RuntimeError("closed"))
+
+
+@attrs.define
+class Setup:
+    kafka: FakeKafka
+    cluster: Cluster
+    bridge: ProducerBridge
+    outcomes: dict[bytes, Exception | None] = attrs.field(factory=dict)
+    order: list[bytes] = attrs.field(factory=list)
+    changed: trio.Event = attrs.field(factory=trio.Event)
+
+    def offer(self, value: bytes, partition: int = 0, topic: str = "t") -> Record:
+        def done(error: Exception | None) -> None:
+            assert value not in self.outcomes, "an outcome came twice"
+            self.outcomes[value] = error
+            self.order.append(value)
+            self.changed.set()
+
+        record = Record(topic, partition, None, value, done=done)
+        self.bridge.offer(record)
+        return record
+
+    async def until(self, count: int) -> None:
+        """Wait for `count` outcomes."""
+        with trio.fail_after(LIMIT):
+            while len(self.outcomes) < count:
+                self.changed = trio.Event()
+                await self.changed.wait()
+
+
+@asynccontextmanager
+async def producing(kafka: FakeKafka, *, window: int = 1000, timeout_ms: int = 60_000) -> AsyncIterator[Setup]:
+    cluster = Cluster(["k"])
+    cluster.know("t", TopicFacts(partitions=4, max_message_bytes=1000))
+    options = KafkaOptions(producer={"delivery.timeout.ms": timeout_ms})
+    bridge = ProducerBridge(
+        options, cluster, name="test", compression=None, window_records=window, window_bytes=10**6,
+        open_producer=kafka.open, faults=FakeFaults(),
+    )  # fmt: skip
+    async with trio.open_nursery() as nursery:
+        await nursery.start(bridge.run)
+        yield Setup(kafka, cluster, bridge)
+        with trio.move_on_after(0.2):
+            await bridge.stop()
+        nursery.cancel_scope.cancel()
+
+
+async def test_outcomes_come_in_order_and_counters_fit() -> None:
+    async with producing(FakeKafka(batch=10)) as setup:
+        values = [b"%d" % number for number in range(1005)]
+        for value in values:
+            setup.offer(value)
+        assert setup.bridge.outstanding_records == 1005
+        await setup.until(1005)
+        assert setup.order == values == setup.kafka.values(0)
+        assert setup.bridge.outstanding_records == setup.bridge.outstanding_bytes == 0
+        assert setup.bridge.counters() == {
+            "records_sent": 1005, "messages_sent": 1005, "records_failed": 0, "records_resent": 0, "rebuilds": 0,
+        }  # fmt: skip
+
+
+async def test_the_window_says_full_and_tells_when_there_is_room() -> None:
+    kafka = FakeKafka()
+    kafka.hang = True
+    async with producing(kafka, window=10) as setup:
+        calls: list[str] = []
+        bridge = setup.bridge
+        bridge.after_drain = lambda: calls.append("drained")
+        for number in range(9):
+            setup.offer(b"%d" % number)
+        fullness = [bridge.full]
+        bridge.when_room(lambda: calls.append("at once"))
+        assert calls == ["at once"]
+        setup.offer(b"9")
+        fullness += [bridge.full, bridge.hard_full]
+        for number in range(10, 20):
+            setup.offer(b"%d" % number)
+        assert [*fullness, bridge.hard_full] == [False, True, False, True]
+        room = trio.Event()
+
+        def has_room() -> None:
+            calls.append("room")
+            room.set()
+
+        bridge.when_room(has_room)
+        kafka.hang = False
+        with trio.fail_after(LIMIT):
+            setup.offer(b"20")
+            await room.wait()
+        assert not bridge.hard_full
+        await setup.until(21)
+        assert calls[-1] == "drained"
+        assert calls.count("room") == 1
+
+
+async def test_waiters_for_room_take_turns() -> None:
+    kafka = FakeKafka()
+    kafka.hang = True
+    async with producing(kafka, window=2) as setup:
+        turns: list[str] = []
+
+        def waiter(name: str) -> None:
+            turns.append(name)
+            for number in range(2):
+                setup.offer(b"%s-%d-%d" % (name.encode(), len(turns), number))
+            if len(turns) < 6:
+                setup.bridge.when_room(lambda: waiter(name))
+
+        setup.offer(b"a")
+        setup.offer(b"b")
+        for name in ("x", "y"):
+            setup.bridge.when_room(lambda name=name: waiter(name))  # type: ignore[misc]
+        kafka.hang = False
+        setup.offer(b"c")
+        await setup.until(3 + 2 * 7)
+        assert turns[:6] == ["x", "y"] * 3
+
+
+async def test_a_broken_producer_is_replaced_without_loss_in_order() -> None:
+    kafka = FakeKafka(batch=7)
+    kafka.fail_at = {50, 51, 200, 333}
+    async with producing(kafka) as setup:
+        for number in range(400):
+            setup.offer(b"%d" % number, partition=number % 2)
+        await setup.until(400)
+        assert set(setup.outcomes.values()) == {None}
+        for partition in (0, 1):
+            assert kafka.values(partition) == [b"%d" % number for number in range(partition, 400, 2)]
+        assert setup.bridge.counters()["rebuilds"] == 4
+
+
+async def test_a_poison_record_fails_alone() -> None:
+    kafka = FakeKafka(batch=8)
+    async with producing(kafka) as setup:
+        values = [b"poison" if number == 20 else b"%d" % number for number in range(40)]
+        for value in values:
+            setup.offer(value)
+        await setup.until(40)
+        failed = {value: error for value, error in setup.outcomes.items() if error is not None}
+        assert failed.keys() == {b"poison"}
+        assert isinstance(failed[b"poison"], GatewayError)
+        assert not failed[b"poison"].retriable
+        assert kafka.values(0) == [value for value in values if value != b"poison"]
+
+
+async def test_records_that_cannot_be_sent_at_all_fail_alone() -> None:
+    async with producing(FakeKafka()) as setup:
+        for value in (b"1", b"x" * 2000, b"2", b"unfit", b"3"):
+            setup.offer(value)
+        await setup.until(5)
+        failed = {value: str(error) for value, error in setup.outcomes.items() if error is not None}
+        assert failed.keys() == {b"x" * 2000, b"unfit"}
+        assert "topic t takes batches of 1000" in failed[b"x" * 2000]
+        assert setup.kafka.values(0) == [b"1", b"2", b"3"]
+        assert setup.kafka.opened == 1
+
+
+async def test_a_producer_that_hangs_is_replaced() -> None:
+    kafka = FakeKafka()
+    kafka.hang = True
+    async with producing(kafka, timeout_ms=300) as setup:
+        replaced = trio.Event()
+        token = trio.lowlevel.current_trio_token()
+        setup.offer(b"0")
+        kafka.on_open = lambda: token.run_sync_soon(replaced.set) if kafka.opened > 1 else None
+        for number in range(1, 30):
+            setup.offer(b"%d" % number)
+        with trio.fail_after(LIMIT):
+            await replaced.wait()
+        assert setup.bridge.oldest_age > 0.3
+        kafka.hang = False
+        await setup.until(30)
+        assert kafka.values(0) == [b"%d" % number for number in range(30)]
+        assert setup.bridge.oldest_age == 0
+
+
+async def test_records_for_unknown_topics_wait_and_hold_nobody_up() -> None:
+    async with producing(FakeKafka()) as setup:
+        for number in range(3):
+            setup.offer(b"later-%d" % number, topic="new")
+            setup.offer(b"now-%d" % number)
+        await setup.until(3)
+        assert setup.order == [b"now-0", b"now-1", b"now-2"]
+        assert setup.cluster.wanted == {"new"}
+        setup.cluster.know("new", TopicFacts(partitions=1))
+        await setup.until(6)
+        assert setup.order[3:] == [b"later-0", b"later-1", b"later-2"]
+
+
+async def test_the_key_decides_where_no_partition_is_given() -> None:
+    async with producing(FakeKafka()) as setup:
+        record = Record("t", None, b"sensors/a", b"v")
+        setup.bridge.offer(record)
+        setup.offer(b"w")
+        await setup.until(1)
+        assert record.partition == 2  # what Java's murmur2 gives for this key and 4 partitions
+
+
+async def test_an_outage_at_the_start_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    kafka = FakeKafka()
+    kafka.away = 3
+    with caplog.at_level(logging.WARNING):
+        async with producing(kafka) as setup:
+            setup.offer(b"1")
+            await setup.until(1)
+            await told(setup.cluster, lambda: not setup.cluster.is_away)
+    assert setup.outcomes == {b"1": None}
+    assert [record.message for record in caplog.records] == [
+        "Kafka at k is away for test: AwayError: nobody answers. MQTT goes on; trying until it is back",
+        "Kafka at k is back",
+    ]
+
+
+async def test_stop_sends_what_was_offered() -> None:
+    async with producing(FakeKafka(batch=1000)) as setup:
+        for number in range(50):
+            setup.offer(b"%d" % number)
+        with trio.fail_after(LIMIT):
+            await setup.bridge.stop()
+        assert setup.outcomes == {b"%d" % number: None for number in range(50)}
+        late = setup.offer(b"late")
+        await setup.until(51)
+        assert isinstance(setup.outcomes[b"late"], GatewayError)
+        assert late.settled
+
+
+async def test_stop_that_is_cancelled_gives_every_record_its_outcome() -> None:
+    kafka = FakeKafka(batch=1000)
+    kafka.hang = True
+    async with producing(kafka) as setup:
+        for number in range(50):
+            setup.offer(b"%d" % number, topic="t" if number % 2 else "unknown")
+        with trio.fail_after(LIMIT), trio.move_on_after(0.2) as scope:
+            await setup.bridge.stop()
+        assert scope.cancelled_caught
+        assert len(setup.outcomes) == 50
+        assert all(isinstance(error, GatewayError) and error.retriable for error in setup.outcomes.values())
+
+
+async def test_a_failing_done_does_not_stop_the_others(caplog: pytest.LogCaptureFixture) -> None:
+    async with producing(FakeKafka()) as setup:
+
+        def done(_error: Exception | None) -> None:
+            raise RuntimeError("a bug of the caller")
+
+        setup.bridge.offer(Record("t", 0, None, b"1", done=done))
+        setup.offer(b"2")
+        await setup.until(1)
+    assert "error while an outcome was handed out" in caplog.text
+
+
+# The way in
+
+
+class FakeConsumer:
+    """Reads a log in memory: `kafka[partition]` are values, offsets their indexes."""
+
+    def __init__(self, kafka: dict[tuple[str, int], list[bytes]], faults: list[Exception]) -> None:
+        self.kafka = kafka
+        self.faults = faults
+        self.at: dict[tuple[str, int], int] = {}
+        self.connected = True
+        self.closed = threading.Event()
+
+    def partitions(self, topic: str) -> list[int]:
+        return sorted(number for name, number in self.kafka if name == topic)
+
+    def first_offsets(self, partitions: Sequence[tuple[str, int]]) -> Mapping[tuple[str, int], int]:
+        return dict.fromkeys(partitions, 0)
+
+    def end_offsets(self, partitions: Sequence[tuple[str, int]]) -> Mapping[tuple[str, int], int]:
+        return {p: len(self.kafka[p]) for p in partitions}
+
+    def assign(self, offsets: Mapping[tuple[str, int], int]) -> None:
+        self.at = dict(offsets)
+
+    def poll(self, timeout: float) -> list[ConsumedRecord]:
+        if self.faults:
+            raise self.faults.pop()
+        found = []
+        for partition, offset in self.at.items():
+            values = self.kafka[partition][offset:]
+            found += [ConsumedRecord(*partition, offset + i, None, v, [], 0) for i, v in enumerate(values)]
+            self.at[partition] = offset + len(values)
+        if not found:
+            self.closed.wait(min(timeout, 0.01))
+        return found
+
+    def position(self, partition: tuple[str, int]) -> int:
+        return self.at[partition]
+
+    def highwater(self, partition: tuple[str, int]) -> int | None:
+        return len(self.kafka[partition])
+
+    def close(self) -> None:
+        self.closed.set()
+
+
+@attrs.define
+class Reading:
+    kafka: dict[tuple[str, int], list[bytes]]
+    faults: list[Exception] = attrs.field(factory=list)
+    lists: list[list[ConsumedRecord]] = attrs.field(factory=list)
+    changed: trio.Event = attrs.field(factory=trio.Event)
+    told: list[str] = attrs.field(factory=list)
+
+    def on_records(self, records: list[ConsumedRecord]) -> None:
+        self.lists.append(records)
+        self.told.append("records")
+        self.changed.set()
+
+    def values(self) -> list[bytes | None]:
+        return [record.value for records in self.lists for record in records]
+
+    async def until(self, count: int) -> None:
+        with trio.fail_after(LIMIT):
+            while len(self.values()) < count:
+                self.changed = trio.Event()
+                await self.changed.wait()
+
+    def bridge(self, *assignments: tuple[str, str], cluster: Cluster | None = None) -> ConsumerBridge:
+        return ConsumerBridge(
+            KafkaOptions(), cluster or Cluster(["k"]), assignments, self.on_records,  # type: ignore[arg-type]
+            on_positions_known=lambda: self.told.append("known"),
+            on_caught_up=lambda: self.told.append("caught up"),
+            open_consumer=lambda: FakeConsumer(self.kafka, self.faults),
+        )  # fmt: skip
+
+
+async def test_live_topics_start_at_the_end_and_history_at_the_beginning() -> None:
+    reading = Reading({("live", 0): [b"old"], ("kept", 0): [b"1", b"2"], ("kept", 1): []})
+    bridge = reading.bridge(("live", "end"), ("kept", "beginning"))
+    async with trio.open_nursery() as nursery:
+        await nursery.start(bridge.run)
+        with trio.fail_after(LIMIT):
+            await bridge.positions_known.wait()
+            reading.kafka["live", 0].append(b"new")
+            await bridge.caught_up.wait()
+        await reading.until(3)
+        nursery.cancel_scope.cancel()
+    assert sorted(value for value in reading.values() if value) == [b"1", b"2", b"new"]
+    assert reading.told[0] == "known"
+    assert "records" in reading.told[: reading.told.index("caught up")]
+
+
+async def test_a_failing_consumer_is_replaced_and_goes_on_where_it_was(caplog: pytest.LogCaptureFixture) -> None:
+    reading = Reading({("live", 0): []})
+    bridge = reading.bridge(("live", "end"))
+    async with trio.open_nursery() as nursery:
+        await nursery.start(bridge.run)
+        with trio.fail_after(LIMIT):
+            await bridge.positions_known.wait()
+        for number in range(3):
+            reading.faults.append(RuntimeError("lost"))
+            reading.kafka["live", 0] += [b"%d-%d" % (number, i) for i in range(10)]
+            await reading.until(10 * number + 10)
+        nursery.cancel_scope.cancel()
+    assert reading.values() == reading.kafka["live", 0]
+    assert [record.offset for records in reading.lists for record in records] == list(range(30))
+    assert bridge.counters() == {"records_received": 30, "rebuilds": 3}
+    assert caplog.messages.count("Kafka consumer bus is replaced: RuntimeError: lost") == 3
+
+
+async def test_lists_are_bounded() -> None:
+    reading = Reading({("live", 0): []})
+    bridge = reading.bridge(("live", "end"))
+    async with trio.open_nursery() as nursery:
+        await nursery.start(bridge.run)
+        with trio.fail_after(LIMIT):
+            await bridge.positions_known.wait()
+        big = [b"x" * 50_000] * 100 + [b"y"] * 5000
+        reading.kafka["live", 0] += big
+        await reading.until(len(big))
+        nursery.cancel_scope.cancel()
+    assert reading.values() == big
+    assert max(len(records) for records in reading.lists) <= 256
+    sizes = [sum(len(record.value or b"") for record in records) for records in reading.lists]
+    assert max(sizes) < 128 * 1024 + 50_000
+
+
+def test_a_slow_reader_holds_the_poller_up() -> None:
+    kafka = {("kept", 0): [b"%d" % number for number in range(5000)]}
+    room, refused, done = threading.Semaphore(3), threading.Event(), threading.Event()
+    items: list[Any] = []
+
+    def hand_over(item: Any) -> bool:
+        if not room.acquire(blocking=False):
+            refused.set()
+            return False
+        items.append(item)
+        if sum(map(len, items)) == 5000:
+            done.set()
+        return True
+
+    poller = Poller("test", lambda: FakeConsumer(kafka, []), Cluster(["k"]), [("kept", "beginning")], hand_over)
+    thread = threading.Thread(target=poller.run)
+    thread.start()
+    try:
+        assert refused.wait(LIMIT)
+        assert len(items) == 3
+        assert poller.received == 3 * 256
+        room.release(100)
+        assert done.wait(LIMIT)
+    finally:
+        poller.abort()
+        thread.join(LIMIT)
+    assert [record.value for item in items for record in item] == kafka["kept", 0]
+
+
+async def test_a_topic_that_is_missing_is_waited_for() -> None:
+    reading, cluster = Reading({("kept", 0): []}), Cluster(["k"])
+    bridge = reading.bridge(("live", "end"), ("kept", "beginning"), cluster=cluster)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(bridge.run)
+        await told(cluster, lambda: "live" in cluster.wanted)
+        assert not bridge.positions_known.is_set()
+        reading.kafka["live", 0] = [b"old"]
+        with trio.fail_after(LIMIT):
+            await bridge.caught_up.wait()
+        nursery.cancel_scope.cancel()
+    assert reading.told == ["known", "caught up"]
+
+
+async def test_partitions_that_come_later_are_read_from_their_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gateways.kafka.poller.GROWTH_INTERVAL", 0.0)
+    monkeypatch.setattr("gateways.kafka.poller.LOOK_INTERVAL", 0.0)
+    reading = Reading({("live", 0): [b"old"]})
+    bridge = reading.bridge(("live", "end"))
+    async with trio.open_nursery() as nursery:
+        await nursery.start(bridge.run)
+        with trio.fail_after(LIMIT):
+            await bridge.positions_known.wait()
+        reading.kafka["live", 1] = [b"first", b"second"]
+        await reading.until(2)
+        nursery.cancel_scope.cancel()
+    assert reading.values() == [b"first", b"second"]
+
+
+async def test_an_error_of_the_reader_ends_the_bridge() -> None:
+    def on_records(_records: list[ConsumedRecord]) -> None:
+        raise KeyError("bug")
+
+    kafka = {("kept", 0): [b"1"]}
+    bridge = ConsumerBridge(
+        KafkaOptions(), Cluster(["k"]), [("kept", "beginning")], on_records,
+        open_consumer=lambda: FakeConsumer(kafka, []),
+    )  # fmt: skip
+    with trio.fail_after(LIMIT), pytest.raises(ExceptionGroup) as caught:
+        await bridge.run()
+    assert caught.group_contains(KeyError)
