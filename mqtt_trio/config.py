@@ -172,7 +172,7 @@ def load_config(
         options=options,
         gateways=gateways,
         origins=sources.origins,
-        inactive=status.inactive(sources.origins),
+        inactive=status.inactive(sources.table, sources.origins),
         path=path,
     )
 

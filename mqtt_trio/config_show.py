@@ -75,7 +75,7 @@ def _line(loaded: LoadedConfig, value: object, key: Key, path: Path) -> str:
     hidden = (key.secret or schema.looks_secret(path)) and value is not None
     text = f"# {name} =" if value is None else f"{name} = {HIDDEN if hidden else show_value(value)}"
     origin = loaded.origin(path)
-    note = status.note(path, is_set=origin.rank > 0)
+    note = status.note(path, value, is_set=origin.rank > 0)
     return f"{text:<{_COLUMN}} # {_origin_text(origin, path, value)}{note}"
 
 

@@ -250,8 +250,7 @@ class Sources:
             self.problem((*path, file_name), f"cannot read {file}: {exc.strerror}")
         except UnicodeDecodeError:
             self.problem((*path, file_name), f"{file} is not UTF-8")
-        else:
-            self.origins[(*path, name)] = Origin(origin.rank, f"{origin.text}, file {file}")
+        self.origins[(*path, name)] = Origin(origin.rank, f"{origin.text}, file {file}")
 
 
 def _find(name: str, keys: Mapping[str, Key], path: Path) -> Key:

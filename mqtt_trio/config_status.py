@@ -47,16 +47,15 @@ REFUSED: Final = (
     Refusal("Kafka.Bus.OnOutage", (), f"outage policies are not built yet: {_OUTAGE}"),
 )
 
-INACTIVE: Final = (
-    "Http",
-    "Kafka.Metrics",
-    "Kafka.Topics.Messages.Enabled",
-    "Kafka.Topics.Events.Enabled",
-    "Kafka.Topics.Metrics.Enabled",
-    "Kafka.Topics.Dlq.Enabled",
-    "Kafka.Topics.Sessions",
-)
-"""Keys, or whole tables, that mean nothing yet."""
+INACTIVE: Final[Mapping[str, tuple[object, ...]]] = {
+    "Http": (),
+    "ArchiveGroups[].Format": ("JSON", "json"),
+    "ArchiveGroups[].TimestampFormat": ("iso",),
+    "Kafka.Metrics": (),
+    "Kafka.Topics.Messages.Enabled": (False,),
+    "Kafka.Topics.Sessions": (),
+}
+"""Keys, or whole tables, that mean nothing yet -> values that say what is done anyway."""
 
 
 def refusals(table: Mapping[str, Any], origins: Mapping[Path, Origin]) -> Iterator[tuple[Path, str]]:
@@ -69,22 +68,21 @@ def refusals(table: Mapping[str, Any], origins: Mapping[Path, Origin]) -> Iterat
             yield path[: len(_steps(refusal.pattern))], refusal.reason
 
 
-def inactive(origins: Mapping[Path, Origin]) -> tuple[str, ...]:
+def inactive(table: Mapping[str, Any], origins: Mapping[Path, Origin]) -> tuple[str, ...]:
     """Return the keys that were set and mean nothing yet."""
     paths = (path for path, origin in origins.items() if origin.rank > 0)
-    return tuple(show_path(path) for path in paths if any(_covers(pattern, path) for pattern in INACTIVE))
+    return tuple(show_path(path) for path in paths if _is_inactive(path, _value(table, path)))
 
 
-def note(path: Path, *, is_set: bool) -> str:
+def note(path: Path, value: object, *, is_set: bool) -> str:
     """Return what `check` says about a key whose feature is not built, else nothing."""
     if any(_covers(refusal.pattern, path) and not refusal.accepted for refusal in REFUSED):
         return " (not built yet)"
-    return " (not active yet)" if is_set and is_inactive(path) else ""
+    return " (not active yet)" if is_set and _is_inactive(path, value) else ""
 
 
-def is_inactive(path: Path) -> bool:
-    """Whether the key means nothing yet."""
-    return any(_covers(pattern, path) for pattern in INACTIVE)
+def _is_inactive(path: Path, value: object) -> bool:
+    return any(_covers(pattern, path) and value not in active for pattern, active in INACTIVE.items())
 
 
 def _covers(pattern: str, path: Path) -> bool:
