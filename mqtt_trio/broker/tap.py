@@ -8,7 +8,7 @@ where it changes. Everything here runs on the Trio thread, inside the hot stretc
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final, Protocol, TypeAlias
+from typing import Protocol, TypeAlias
 
 import attrs
 
@@ -18,9 +18,6 @@ from mqtt_trio.protocol.codes import ProtocolVersion, ReasonCode
 from mqtt_trio.protocol.decode import decode_publish
 from mqtt_trio.protocol.packets import NO_PROPERTIES
 from mqtt_trio.protocol.wire import read_header
-
-_NO_TOPIC: Final = b"\x00\x00\x00"
-"""What no PUBLISH in a run begins with: it has a Topic Name."""
 
 
 @attrs.define
@@ -113,8 +110,8 @@ def read_run(run: FrameRun) -> list[Message]:
     qos, client_id, published_at = run.qos, run.client_id, run.published_at
     first, skip = 0x30 | qos << 1, 2 if qos else 0
     messages: list[Message] = []
-    topic, topic_name = _NO_TOPIC, ""
-    block, properties = (b"\x00" if version >= ProtocolVersion.MQTT_5_0 else b""), NO_PROPERTIES
+    topic, topic_name = b"", ""  # of the frame before
+    block, properties = b"", NO_PROPERTIES
     at = 0
     while at < size:
         header = read_header(frames, at)
@@ -122,7 +119,8 @@ def read_run(run: FrameRun) -> list[Message]:
             raise MalformedPacketError(f"byte {at} of a run of frames does not begin a whole PUBLISH of its QoS")
         body, end = header
         payload = body + len(topic) + skip
-        if frames.startswith(topic, body) and frames.startswith(block, payload) and payload + len(block) <= end:
+        same_topic = topic_name and frames.startswith(topic, body)
+        if same_topic and frames.startswith(block, payload) and payload + len(block) <= end:
             payload += len(block)
         else:
             packet = decode_publish(first & 15, frames, body, end, version)

@@ -17,16 +17,30 @@ from typing import Any
 import pytest
 import trio
 
+from mqtt_trio.archive.groups import ArchiveGroup, ArchiveGroupOptions
 from mqtt_trio.archive.sqlite import SqliteStore, archive_path
 from mqtt_trio.archive.sqlite_file import SCHEMA_VERSION
 from mqtt_trio.archive.store import ArchiveStore, Outcome
 from mqtt_trio.broker.message import Message
+from mqtt_trio.broker.tap import FrameRun, Hold
 from mqtt_trio.errors import StoreError
+from mqtt_trio.protocol.codes import ProtocolVersion
 from mqtt_trio.protocol.packets import MessageProperties
 from tests.archive.store_suite import LIMIT, SAMPLES, check_archive_store
 
 MIB = 1024 * 1024
 NOW = 1_800_000_000.0
+
+
+class QuietHost:
+    def flush(self) -> None:
+        """No client waits for anything here."""
+
+    def stop_publishers(self, owner: object) -> None:
+        raise AssertionError("far from the hard bound")
+
+    def resume_publishers(self, owner: object) -> None:
+        raise AssertionError("nobody was stopped")
 
 
 def query(path: Path, statement: str) -> list[tuple[Any, ...]]:
@@ -129,6 +143,22 @@ async def test_rows_are_readable_with_the_sqlite3_shell(tmp_path: Path) -> None:
     assert query(path, "PRAGMA user_version") == [(SCHEMA_VERSION,)]
 
 
+async def test_group_keeps_bursts_in_its_file_in_order(tmp_path: Path) -> None:
+    path = archive_path(tmp_path, "Default")
+    group = ArchiveGroup(ArchiveGroupOptions(name="Default", window_messages=5000), SqliteStore(path), QuietHost())
+    frames = b"".join(b"\x30\x08\x00\x01t" + b"%05d" % n for n in range(4000))
+    with trio.fail_after(LIMIT):
+        async with trio.open_nursery() as nursery:
+            await nursery.start(lambda task_status: group.run(task_status=task_status))
+            group.take_run(FrameRun(frames, 4000, 0, ProtocolVersion.MQTT_3_1_1, "c", NOW))
+            answers = [group.take(Message("t", b"%05d" % n, 1, published_at=NOW)) for n in range(4000, 6000)]
+            await group.stop()
+    assert [int(message.payload) for message in read_file(path)] == list(range(6000))
+    assert group.counters() == {"stored": 6000, "failed": 0, "dropped_qos0": 0, "held": 1000, "waiting": 0}
+    assert [answer is None for answer in answers] == [True] * 1000 + [False] * 1000
+    assert all(answer.released for answer in answers if isinstance(answer, Hold))
+
+
 async def test_history_queries_use_the_indexes(tmp_path: Path) -> None:
     async with running(SqliteStore(tmp_path / "a.sqlite3")) as store:
         await store_all(store, SAMPLES)
@@ -208,6 +238,7 @@ async def test_message_that_cannot_be_written_fails_alone(tmp_path: Path) -> Non
 CHILD = """
 import sys, trio
 from pathlib import Path
+from mqtt_trio.archive.groups import ArchiveGroup, ArchiveGroupOptions
 from mqtt_trio.archive.sqlite import SqliteStore
 from mqtt_trio.broker.message import Message
 
