@@ -69,12 +69,15 @@ class FastLane:
                     self._close_run(data, run, start, pos, count, now)
                     run = None
                 if first == 0x40:
-                    if data[pos + 1] != 2 or not self._puback(data[pos + 2] << 8 | data[pos + 3]):
-                        break
-                    pos += 4
-                    continue
-                if first != 0x32:
+                    stop = self._pubacks(data, pos, end)
+                elif first == 0x32:
+                    stop = self._publishes(data, pos, end, now)
+                else:
                     break
+                if stop == pos:
+                    break
+                pos = stop
+                continue
             length = data[pos + 1]
             body = pos + 2
             if length > 127:
@@ -97,102 +100,112 @@ class FastLane:
             if stop > end or length < 2:
                 break
             at = body + 2 + (data[body] << 8 | data[body + 1])
-            if first == 0x30:
-                if at > stop or (v5 and (at == stop or data[at])):
-                    break
-                audience = routes.get(data[body + 2 : at])
-                if audience is None or not audience.valid:
-                    break
-                if audience is not run:
-                    if run is not None:
-                        self._close_run(data, run, start, pos, count, now)
-                    run, start, count = audience, pos, 0
-                count += 1
-                total = stop - pos
-                prefix = data[pos : at + 1] if v5 else data[pos:at]
-                pos = stop
-                continue
-            behind = at + 2
-            if behind > stop or (v5 and (behind == stop or data[behind])):
+            if at > stop or (v5 and (at == stop or data[at])):
                 break
             audience = routes.get(data[body + 2 : at])
-            if (
-                audience is None
-                or not audience.valid
-                or not self._publish_qos1(data, pos, body, at, stop, audience, now)
-            ):
+            if audience is None or not audience.valid:
                 break
+            if audience is not run:
+                if run is not None:
+                    self._close_run(data, run, start, pos, count, now)
+                run, start, count = audience, pos, 0
+            count += 1
+            total = stop - pos
+            prefix = data[pos : at + 1] if v5 else data[pos:at]
             pos = stop
         if run is not None:
             self._close_run(data, run, start, pos, count, now)
         return pos
 
-    def _puback(self, packet_id: int) -> bool:
-        """Free the slot of a QoS 1 delivery; False when the full path has more to do than that."""
+    def _pubacks(self, data: bytes, pos: int, end: int) -> int:
+        """Free the slots of QoS 1 deliveries; stop where the full path has more to do than that."""
         session = self.session
-        entry = session.inflight.get(packet_id)
-        if session.queue or type(entry) is not tuple:
-            return False
-        del session.inflight[packet_id]
-        self.broker.metrics.packets_received += 1
-        return True
+        if session.queue:
+            return pos
+        inflight = session.inflight
+        start = pos
+        while end - pos >= 4 and data[pos] == 0x40 and data[pos + 1] == 2:
+            packet_id = data[pos + 2] << 8 | data[pos + 3]
+            if type(inflight.get(packet_id)) is not tuple:
+                break
+            del inflight[packet_id]
+            pos += 4
+        self.broker.metrics.packets_received += (pos - start) >> 2
+        return pos
 
-    def _publish_qos1(
-        self, data: bytes, pos: int, body: int, at: int, stop: int, audience: Audience, now: float
-    ) -> bool:
-        """Deliver one QoS 1 PUBLISH and acknowledge it; False (and nothing done) when the full path must."""
-        broker = self.broker
-        packet_id = data[at : at + 2]
-        size = stop - pos
-        if (
-            not audience.uniform[self.v5]
-            or packet_id == b"\0\0"
-            or broker.stopped
-            or self.session.acks
-            or self.session.received
-        ):
-            return False
-        receivers = audience.acknowledged
-        for session in receivers:
-            if (
-                session.queue
-                or len(session.inflight) >= session.send_maximum
-                or session.next_id in session.inflight
-                or session.outbox.room < size  # type: ignore[union-attr]
-            ):
-                return False
-        metrics = broker.metrics
-        metrics.packets_received += 1
-        metrics.messages_received_qos1 += 1
-        metrics.fast_lane_messages += 1
-        answers: list[Hold | Refused] | None = None
-        if audience.taps:
-            run = FrameRun(data[pos:stop], 1, 1, self.version, self.session.client_id, now + broker.wall_offset)
-            answers = broker.show_run(audience.taps, run)
-            if answers and broker.refused(self.session, 1, int.from_bytes(packet_id, "big"), answers):
-                return True
-        head, tail = data[pos:at], data[at + 2 : stop]
+    def _publishes(self, data: bytes, pos: int, end: int, now: float) -> int:
+        """Deliver and acknowledge QoS 1 PUBLISH packets that lie side by side; stop where the full path must."""
+        broker, session, mine, v5 = self.broker, self.session, self.outbox, self.v5
         touched = broker.touched
-        entry = (head, tail, 5 if self.v5 else 4)
-        for session in receivers:
-            outbound = session.next_id
-            session.next_id = outbound + 1 if outbound < 65_535 else 1
-            session.inflight[outbound] = entry
-            outbox: Outbox = session.outbox  # type: ignore[assignment]  # an audience names nobody who is offline here
-            frames = outbox.frames
-            if not frames:
-                touched.append(outbox)
-            frames += (head, PACKET_IDS[outbound], tail)
-            outbox.room -= size
-        metrics.messages_sent_qos1 += len(receivers)
-        if audience.at_most_once:
-            self._send_at_most_once(b"".join((_head_qos0(stop - body - 2), data[body:at], tail)), audience.at_most_once)
-        if answers:
-            broker.acknowledge_later(self.session, 1, int.from_bytes(packet_id, "big"), answers)
-        else:
-            self.outbox.put(b"\x40\x02" + packet_id)
-            metrics.packets_sent += 1
-        return True
+        head, offset, total, version = b"", 0, 0, 5 if v5 else 4
+        audience: Audience | None = None
+        count = sent = 0
+        while not (broker.stopped or session.acks or session.received):
+            if audience is None or pos + total > end or not data.startswith(head, pos):
+                found = self._measure(data, pos, end)
+                if found is None:
+                    break
+                offset, total, audience = found
+                head = data[pos : pos + offset]
+            at, stop = pos + offset, pos + total
+            packet_id = data[at : at + 2]
+            if packet_id == b"\0\0" or (v5 and data[at + 2]) or not _ready(audience, total):
+                break
+            answers: list[Hold | Refused] | None = None
+            if audience.taps:
+                run = FrameRun(data[pos:stop], 1, 1, self.version, session.client_id, now + broker.wall_offset)
+                answers = broker.show_run(audience.taps, run)
+            pos = stop
+            count += 1
+            if answers and broker.refused(session, 1, int.from_bytes(packet_id, "big"), answers):
+                if session.link is None:
+                    break  # that ended a 3.x client
+                continue
+            tail = data[at + 2 : stop]
+            entry = (head, tail, version)
+            for receiver in audience.acknowledged:
+                outbound = receiver.next_id
+                receiver.next_id = outbound + 1 if outbound < 65_535 else 1
+                receiver.inflight[outbound] = entry
+                outbox: Outbox = receiver.outbox  # type: ignore[assignment]  # `uniform`: nobody here is offline
+                frames = outbox.frames
+                if not frames:
+                    touched.append(outbox)
+                frames += (head, PACKET_IDS[outbound], tail)
+                outbox.room -= total
+                sent += 1
+            if audience.at_most_once:
+                self._send_at_most_once(_as_qos0(head, tail), audience.at_most_once)
+            if answers:
+                broker.acknowledge_later(session, 1, int.from_bytes(packet_id, "big"), answers)
+            else:
+                mine.put(b"\x40\x02" + packet_id)
+                broker.metrics.packets_sent += 1
+        metrics = broker.metrics
+        metrics.packets_received += count
+        metrics.messages_received_qos1 += count
+        metrics.fast_lane_messages += count
+        metrics.messages_sent_qos1 += sent
+        return pos
+
+    def _measure(self, data: bytes, pos: int, end: int) -> tuple[int, int, Audience] | None:
+        """Look at one QoS 1 PUBLISH: bytes before its Packet Identifier, bytes of it all, and whom it reaches."""
+        if end - pos < 7 or data[pos] != 0x32:
+            return None
+        body, length = _body_of(data, pos)
+        stop = body + length
+        # Minimal encodings only [MQTT5-1.5.5-1]; the last byte of a longer one is 0 or 128 and more.
+        if stop > end or length < 5 or (body - pos > 2 and not 0 < data[body - 1] < 128):
+            return None
+        if stop - pos > self.maximum_packet_size:
+            return None
+        at = body + 2 + (data[body] << 8 | data[body + 1])
+        if at + 2 + self.v5 > stop:
+            return None
+        audience = self.routes.get(data[body + 2 : at])
+        if audience is None or not audience.valid or not audience.uniform[self.v5]:
+            return None
+        return at - pos, stop - pos, audience
 
     def _send_at_most_once(self, frame: bytes, outboxes: tuple[Outbox, ...]) -> None:
         metrics = self.broker.metrics
@@ -243,6 +256,25 @@ class FastLane:
                 metrics.messages_sent_qos0 += 1
             else:
                 metrics.dropped_outbox_full += 1
+
+
+def _ready(audience: Audience, size: int) -> bool:
+    """Whether every receiver at QoS 1 can be sent `size` bytes now: no queue, a free slot, a free id, room."""
+    for session in audience.acknowledged:
+        if (
+            session.queue
+            or len(session.inflight) >= session.send_maximum
+            or session.next_id in session.inflight
+            or session.outbox.room < size  # type: ignore[union-attr]
+        ):
+            return False
+    return True
+
+
+def _as_qos0(head: bytes, tail: bytes) -> bytes:
+    """Write a QoS 1 frame, given without its Packet Identifier, at QoS 0."""
+    body, length = _body_of(head, 0)
+    return b"".join((_head_qos0(length - 2), head[body:], tail))
 
 
 def _remaining_length(length: int) -> bytes:
