@@ -113,6 +113,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for problem in exc.problems:
             print(f"  {problem}", file=sys.stderr)
         return EXIT_CONFIG
+    except KeyboardInterrupt:  # Ctrl-C before the broker handles it: it stopped as it was asked to
+        return 0
     except MqttTrioError as exc:
         print(f"mqtt-trio: {exc}", file=sys.stderr)
         return EXIT_FAILURE

@@ -25,7 +25,7 @@ from mqtt_trio.archive.sqlite import SqliteStore, archive_path
 from mqtt_trio.archive.store import ArchiveStore
 from mqtt_trio.broker.broker import Broker
 from mqtt_trio.config import LoadedConfig
-from mqtt_trio.errors import ConfigError, MqttTrioError
+from mqtt_trio.errors import ConfigError, MqttTrioError, StartError
 from mqtt_trio.gateway import Gateway
 from mqtt_trio.host import Host
 from mqtt_trio.logs import configure as configure_logging
@@ -177,7 +177,12 @@ def _make_poller(broker: Broker) -> Poller | None:
 
 
 def serve(loaded: LoadedConfig) -> int:
-    """Run a node until SIGTERM or SIGINT; return the exit code."""
+    """Run a node until SIGTERM or SIGINT; return the exit code.
+
+    Raises:
+      ConfigError: what only shows when gateways and archive groups are made.
+      StartError: the node cannot start, or cannot go on.
+    """
     configure_logging(loaded.options.logging)
     _raise_file_limit()
     try:
@@ -186,16 +191,17 @@ def serve(loaded: LoadedConfig) -> int:
         expected, rest = group.split(MqttTrioError)
         if expected is None or rest is not None:
             raise
-        for exc in dict.fromkeys(map(str, _leaves(expected))):
-            print(f"mqtt-trio: {exc}", file=sys.stderr)
-        return 78 if expected.subgroup(ConfigError) is not None else 1
+        texts = list(dict.fromkeys(map(str, _leaves(expected))))
+        if expected.subgroup(ConfigError) is not None:
+            raise ConfigError(texts) from None
+        raise StartError("; ".join(texts)) from None
     return 0
 
 
 async def _main(loaded: LoadedConfig) -> None:
-    node = Node(loaded)
-    async with trio.open_nursery() as nursery:
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        node = Node(loaded)
+        async with trio.open_nursery() as nursery:
             nursery.start_soon(_stop_on_signal, signals, node, nursery.cancel_scope)
             nursery.start_soon(_announce, node)
             await node.run()

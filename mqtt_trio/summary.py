@@ -53,16 +53,7 @@ def _section(title: str, texts: Sequence[str]) -> list[str]:
 
 
 def _archive_lines(loaded: LoadedConfig, archives: Sequence[ArchiveSummary]) -> list[str]:
-    lines = []
-    for archive in archives:
-        group = archive.group
-        bounds = []
-        if group.retention is not None:
-            bounds.append(f"kept {show_duration(group.retention)}")
-        if group.max_size is not None:
-            bounds.append(f"at most {show_size(group.max_size)}")
-        filters = ", ".join(group.filter)
-        lines.append(", ".join([f"{group.name}: {filters} to {archive.store}", *bounds]))
+    lines = [f"{one.group.name}: {', '.join(one.group.filter)} to {one.store}" for one in archives]
     disabled = [group.name for group in loaded.options.archive_groups if not group.enabled]
     if disabled:
         lines.append(f"disabled: {', '.join(disabled)} (Enabled = true)")
@@ -82,20 +73,3 @@ def _off_lines(loaded: LoadedConfig) -> list[str]:
         lines.append("the bus between nodes ([Kafka.Bus] Enabled = true)")
     lines.append("access control, TLS, HTTP interface, sessions on disk: not built yet")
     return lines
-
-
-def show_duration(seconds: float) -> str:
-    """Return `7 d`, `90 s`: the largest unit that divides the time."""
-    for unit, name in ((86_400, "d"), (3600, "h"), (60, "min")):
-        if seconds >= unit and seconds % unit == 0:
-            return f"{seconds / unit:g} {name}"
-    return f"{seconds:g} s"
-
-
-def show_size(size: int) -> str:
-    """Return `1 GiB`, `500 MB`: the largest unit that divides the size."""
-    for power, prefix in ((4, "T"), (3, "G"), (2, "M"), (1, "k")):
-        for base, suffix in ((1024, "iB"), (1000, "B")):
-            if size >= base**power and size % base**power == 0:
-                return f"{size // base**power} {'K' if prefix == 'k' and base == 1024 else prefix}{suffix}"
-    return f"{size} B"
