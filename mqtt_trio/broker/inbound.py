@@ -80,8 +80,11 @@ class Inbound:
     def retain(self, message: Message) -> None:
         """Keep or remove the retained message of a topic [MQTT5-3.3.1-5], [MQTT5-3.3.1-6]."""
         broker = self.broker
-        if not broker.retained.set(message):
-            broker.metrics.retained_refused += 1
+        retained = broker.retained
+        kept = retained.set(message)
+        if not kept and retained.drop_expired(message.published_at):
+            kept = retained.set(message)  # expired ones were in the way
+        broker.metrics.retained_refused += not kept
         broker.metrics.retained_messages = len(broker.retained)
 
     @staticmethod
