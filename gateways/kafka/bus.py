@@ -46,6 +46,8 @@ PART_SLACK: Final = 2048
 LEAST_PART: Final = 1024
 START_TIMEOUT: Final = 10.0
 """Seconds without any progress after which a node starts without Kafka."""
+FACTS_TIMEOUT: Final = 5.0
+"""Seconds to wait for what Kafka says about the topics, once they can be read; then the configured numbers count."""
 CONFLICT_GRACE: Final = 3.0
 """Seconds that a node which has to give way takes to ship what it holds."""
 
@@ -60,6 +62,8 @@ class BusSettings:
     """Seconds that messages wait to share a record."""
     partitions: int = 12
     """Of the bus topic, while Kafka has not said otherwise."""
+    retained_partitions: int = 12
+    """Of the retained topic, while Kafka has not said otherwise."""
     window_messages: int = 200_000
     """Messages that may wait for Kafka. Outcome: see `BusWindow`."""
     window_bytes: int = 32 * 1024 * 1024
@@ -242,6 +246,7 @@ class Bus:
             local=local,
             settled=partial(self.window.settle, 0),
         )
+        self.retained.partitions = settings.retained_partitions
 
     # --- tap
 
@@ -388,6 +393,10 @@ class Bus:
 
     async def _join(self) -> None:
         await self._consumer.positions_known.wait()
+        topics = self.settings.topic, self.settings.retained_topic
+        with trio.move_on_after(FACTS_TIMEOUT):  # the consumer may be quicker than who asks for the topics' properties
+            while any(self._facts(topic) is None for topic in topics):  # noqa: ASYNC110  once, at the start
+                await trio.sleep(0.02)
         self._begin_shipping()
         await self.nodes.run()
 
