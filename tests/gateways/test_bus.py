@@ -330,6 +330,7 @@ async def test_node_starts_without_kafka_and_joins_later(
     one = await cluster.start("one")
     assert trio.current_time() - began == pytest.approx(START_TIMEOUT)
     assert "waiting for Kafka" in one.bus.describe()[0]
+    assert "waiting for Kafka" in one.bus.describe()[0]
     assert "starts without the bus" in caplog.text
     one.publish("a", b"waited", qos=1)
     await trio.sleep(100)
