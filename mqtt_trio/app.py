@@ -26,6 +26,7 @@ from mqtt_trio.archive.store import ArchiveStore
 from mqtt_trio.broker.broker import Broker
 from mqtt_trio.config import LoadedConfig
 from mqtt_trio.errors import ConfigError, MqttTrioError, StartError
+from mqtt_trio.event_log import log_event
 from mqtt_trio.gateway import Gateway
 from mqtt_trio.host import Host
 from mqtt_trio.logs import configure as configure_logging
@@ -61,6 +62,7 @@ class Node:
             self.options.limits,
             random_id=lambda: f"auto-{secrets.token_hex(8)}",
             wall_offset=time.time() - trio.current_time(),
+            events=log_event,
         )
         self.host = Host(self.broker, node_id=self.options.node.id, instance_id=secrets.token_bytes(16))
         self.clients = Clients(self.broker, _make_poller(self.broker))

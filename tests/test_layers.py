@@ -33,7 +33,7 @@ MAY_IMPORT = {
 package only re-exports public names; no layer imports through it.
 """
 
-PART_OF = {"host": "app", "logs": "app", "summary": "app"}
+PART_OF = {"event_log": "app", "host": "app", "logs": "app", "summary": "app"}
 """Modules of their own that belong to a layer with another name."""
 
 VERSION = "__version__"
@@ -75,8 +75,9 @@ def within(module: str, allowed: str) -> bool:
 def layer_of(path: Path) -> str:
     """Return the layer of a file of mqtt_trio: `config_schema.py` belongs to `config`, `broker/x.py` to `broker`."""
     first = path.relative_to(ROOT / "mqtt_trio").parts[0].removesuffix(".py")
-    layer = first.partition("_")[0] if not first.startswith("_") else first
-    return PART_OF.get(layer, layer)
+    if first in PART_OF:
+        return PART_OF[first]
+    return first.partition("_")[0] if not first.startswith("_") else first
 
 
 def wrong_imports(source: str, path: Path) -> list[str]:

@@ -231,7 +231,7 @@ class Link:
             self.broker.metrics.connections_closed += 1
 
     async def _end_silent(self) -> None:
-        """End the client if it was silent for too long, unless what it sent is still unread: reading late is our fault, not its silence."""
+        """End the client if it was silent for too long. What it sent and we have not read is no silence of its own."""
         if not self._is_silent() or await self.has_input() or not self._is_silent():
             return
         metrics = self.broker.metrics

@@ -168,9 +168,9 @@ def random_frames(rng: random.Random, version: ProtocolVersion) -> Iterator[byte
         elif kind < 0.96:
             yield encode(Unsubscribe(8, (rng.choice(FILTERS),)), version)
         elif kind < 0.975:
-            frame = bytearray(encode(Publish(topic, payload, QoS(rng.randrange(2)), packet_id=5), version) or b"\0")
-            frame[rng.randrange(min(len(frame), 12))] = rng.randrange(256)
-            yield bytes(frame)
+            broken = bytearray(encode(Publish(topic, payload, QoS(rng.randrange(2)), packet_id=5), version))
+            broken[rng.randrange(min(len(broken), 12))] = rng.randrange(256)
+            yield bytes(broken)
         elif kind < 0.98:
             yield rng.randbytes(rng.randrange(1, 12))
         elif kind < 0.985:
@@ -180,7 +180,7 @@ def random_frames(rng: random.Random, version: ProtocolVersion) -> Iterator[byte
 def script(seed: int) -> tuple[dict[str, Any], list[tuple[int, bytes]]]:
     """A world and what happens in it: (client, bytes) in order; client -1: release a hold, -2: freeze, -3: thaw."""
     rng = random.Random(seed)
-    setup = {
+    setup: dict[str, Any] = {
         "versions": [rng.choice((V4, V5)) for _ in range(4)],
         "filters": [[(rng.choice(FILTERS), rng.randrange(3)) for _ in range(rng.randrange(4))] for _ in range(4)],
         "identifier": rng.random() < 0.2,

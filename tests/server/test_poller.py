@@ -48,12 +48,12 @@ class Served:
 
 
 @asynccontextmanager
-async def serve(limits: Limits | None = None, kind: str = "tcp") -> AsyncIterator[Served]:
+async def serve(limits: Limits | None = None) -> AsyncIterator[Served]:
     numbers = iter(range(10_000))
     broker = Broker(limits or Limits(), random_id=lambda: f"auto-{next(numbers)}", wall_offset=1e9)
     poller = Poller(broker)
     clients = Clients(broker, poller)
-    listener = await open_listener(ListenerOptions(type=kind, port=0))
+    listener = await open_listener(ListenerOptions(port=0))
     with trio.fail_after(LIMIT):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(poller.run)
