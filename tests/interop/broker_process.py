@@ -68,11 +68,15 @@ class BrokerProcess:
         self._process = LineProcess(self.command(), env=environment, cwd=ROOT)
 
     def start(self, limit: float = START_LIMIT) -> BrokerProcess:
-        """Start the process and read the bound ports from its start-up summary."""
+        """Start the process and wait for its listeners."""
         self.launch()
+        self.wait_for_listeners(limit)
+        return self
+
+    def wait_for_listeners(self, limit: float = START_LIMIT) -> None:
+        """Wait for the start-up summary and read the bound ports from it."""
         self.port = int(self.output.wait_for(TCP_LINE, limit=limit)[1])
         self.ws_port = int(self.output.wait_for(WEBSOCKET_LINE, limit=limit)[1])
-        return self
 
     @property
     def output(self) -> LineProcess:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import queue
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Final, Literal, Self
 
@@ -186,23 +188,36 @@ class PahoClient:
         assert info.is_published(), f"{message} was not acknowledged within {LIMIT} s"
 
     def received(self, count: int, limit: float = LIMIT) -> list[Heard]:
-        """Return the first `count` messages since the beginning, waiting for them."""
+        """Return the first `count` messages since the beginning, waiting up to `limit` seconds for them."""
+        self._fetch(count, limit)
+        return self.messages[:count]
+
+    def _fetch(self, count: int, limit: float) -> None:
         end = time.monotonic() + limit
         while len(self.messages) < count:
             try:
                 self.messages.append(self._queue.get(timeout=max(0.0, end - time.monotonic())))
             except queue.Empty:
-                raise AssertionError(
-                    f"{len(self.messages)} of {count} messages in {limit} s: {self.messages}"
-                ) from None
-        return self.messages[:count]
+                last = self.messages[-20:]
+                text = f"{len(self.messages)} of {count} messages in {limit} s, the last ones: {last}"
+                raise AssertionError(text) from None
+
+    def stream(self, limit: float = LIMIT) -> Iterator[Heard]:
+        """Give all messages since the beginning, waiting up to `limit` seconds for each."""
+        for position in itertools.count():
+            self._fetch(position + 1, limit)
+            yield self.messages[position]
 
     def until(self, payload: bytes, limit: float = LIMIT) -> list[Heard]:
         """Return all messages up to the first one with `payload`, without that one, waiting for it."""
-        count = 1
-        while self.received(count, limit)[-1].payload != payload:
-            count += 1
-        return self.messages[: count - 1]
+        return list(itertools.takewhile(lambda message: message.payload != payload, self.stream(limit)))
+
+    def heard_so_far(self) -> list[Heard]:
+        """Return all messages that are there already."""
+        with suppress(queue.Empty):
+            while True:
+                self.messages.append(self._queue.get_nowait())
+        return self.messages
 
     def cut(self) -> None:
         """Cut the network connection as a broken cable would: no DISCONNECT, no close frame."""
@@ -216,3 +231,13 @@ class PahoClient:
         """Send DISCONNECT if there is a connection, end the thread."""
         self.client.disconnect()
         self.client.loop_stop()
+
+
+def retained_at(broker: BrokerProcess, topic: str) -> Heard | None:
+    """Return the retained message that a new subscription to `topic` gets, None when it gets none."""
+    with PahoClient(broker) as client:
+        client.subscribe(topic)
+        client.subscribe(f"{topic}/probe")
+        client.publish(f"{topic}/probe", "probe", qos=1)
+        found = client.until(b"probe")
+        return next((message for message in found if message.topic == topic and message.retain), None)

@@ -1,0 +1,266 @@
+"""Kafka dies under load and comes back: nothing acknowledged is lost, what is lost is counted [K1, S2]."""
+
+from __future__ import annotations
+
+import json
+import socket
+import struct
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Final
+
+import attrs
+import pytest
+
+from tests.interop.broker_process import BrokerProcess, Brokers
+from tests.interop.cluster import Cluster, read_topic, warnings_of
+from tests.interop.lines import wait_until
+from tests.interop.load import NumberedPublisher, number_of
+from tests.interop.mosquitto import END
+from tests.interop.paho_support import V311, Heard, PahoClient
+from tests.kafka_support import KafkaNode
+
+pytestmark = [pytest.mark.interop, pytest.mark.kafka, pytest.mark.timeout(300)]
+
+WARM_UP: Final = 500
+"""Messages of a publisher before Kafka dies, and again after it is back."""
+RECOVERY_LIMIT: Final = 60.0
+"""Seconds from the start of Kafka until every publisher is served again: the client's back-off is part of it."""
+ARCHIVE_TOPIC: Final = "mqtt.load"
+GROUP: Final = f"""
+[[ArchiveGroups]]
+Name = "Load"
+Filter = "load/#"
+Store = "KAFKA"
+KafkaTopic = "{ARCHIVE_TOPIC}"
+"""
+SMALL_GROUP: Final = GROUP + "WindowMessages = 1500\n"
+SMALL_BUS: Final = "WindowMessages = 1000\n"
+RSS_LIMIT: Final = 320
+"""MiB of a node whose windows are full (bus 32 MiB, archive 64 + 32 MiB, twice that in the worst case)."""
+TIMEOUT: Final = 5
+"""[Shutdown] Timeout of the nodes that end while Kafka is dead, in seconds."""
+
+
+class Watch(threading.Thread):
+    """Notes the largest resident memory of some nodes."""
+
+    def __init__(self, *nodes: BrokerProcess) -> None:
+        super().__init__(name="memory watch")
+        self.nodes = nodes
+        self.largest = 0.0
+        self._end = threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        while not self._end.wait(0.25):
+            self.largest = max(self.largest, *(node.rss_mib for node in self.nodes))
+
+    def end(self) -> float:
+        """Stop; return MiB."""
+        self._end.set()
+        self.join()
+        return self.largest
+
+
+@attrs.define
+class Scene:
+    """Two nodes on one Kafka, subscribers on both, a publisher for each QoS on the first."""
+
+    a: BrokerProcess
+    b: BrokerProcess
+    near: PahoClient
+    far: PahoClient
+    publishers: list[NumberedPublisher]
+
+    def published(self) -> dict[str, list[int]]:
+        """Return what was published, per topic."""
+        return {publisher.topic: list(range(publisher.published)) for publisher in self.publishers}
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    """Closes what a test opens, before the nodes end."""
+    with ExitStack() as opened:
+        yield opened
+
+
+def open_scene(brokers: Brokers, stack: ExitStack, config: str) -> Scene:
+    """Start everything."""
+    a, b = brokers.start(config, name="node-a"), brokers.start(config, name="node-b")
+    near, far = (stack.enter_context(PahoClient(node, transport="websockets")) for node in (a, b))
+    for client in (near, far):
+        client.subscribe("load/#")
+    publishers = [NumberedPublisher(a, f"load/qos{qos}/{number}", qos) for qos in (0, 1, 2) for number in (1, 2)]
+    for publisher in publishers:
+        stack.callback(publisher.close)
+    return Scene(a, b, near, far, publishers)
+
+
+def archived(kafka: KafkaNode) -> dict[str, list[int]]:
+    """Return the numbers in the archive topic per MQTT topic, in order."""
+    found: dict[str, list[int]] = {}
+    for record in read_topic(kafka, ARCHIVE_TOPIC):
+        value = json.loads(record.value)
+        if value["payload"] != END:
+            found.setdefault(value["topic"], []).append(number_of(value["payload"].encode()))
+    return found
+
+
+def check(wanted: dict[str, list[int]], got: dict[str, list[int]], dropped_qos0: int, where: str) -> None:
+    """QoS 1 and 2: everything once and in order. QoS 0: in order, and what is missing is what was counted."""
+    missing = 0
+    for topic, numbers in wanted.items():
+        heard = got.get(topic, [])
+        if "qos0" in topic:
+            assert heard == sorted(set(heard)), f"{topic} at {where}: not in order, or twice"
+            missing += len(numbers) - len(heard)
+        else:
+            assert heard == numbers, f"{topic} at {where}: {difference(numbers, heard)}"
+    assert missing == dropped_qos0, f"QoS 0 at {where}: {missing} are missing, {dropped_qos0} counted"
+
+
+def difference(wanted: list[int], got: list[int]) -> str:
+    """Say how two lists of numbers differ, shortly."""
+    counts = Counter(got)
+    lost = sorted(set(wanted) - set(counts))
+    twice = sorted(number for number, count in counts.items() if count > 1)
+    order = "in order" if got == sorted(got) else "out of order"
+    return f"{len(wanted)} published, {len(got)} arrived {order}, lost {lost[:20]}, twice {twice[:20]}"
+
+
+def end_marks(scene: Scene) -> None:
+    """Publish the mark behind everything, on every topic: it comes last in each."""
+    with PahoClient(scene.a) as last:
+        for publisher in scene.publishers:
+            last.publish(publisher.topic, END, qos=2 if publisher.qos == 2 else 1)
+
+
+def all_until_marks(client: PahoClient, topics: set[str]) -> dict[str, list[int]]:
+    """Return the numbers that `client` heard before the mark of each topic."""
+    heard: dict[str, list[int]] = {}
+    for message in client.stream(RECOVERY_LIMIT):
+        if message.payload != END.encode():
+            heard.setdefault(message.topic, []).append(number_of(message.payload))
+            continue
+        topics = topics - {message.topic}
+        if not topics:
+            break
+    return heard
+
+
+@pytest.mark.parametrize(
+    "down, small",
+    [pytest.param(20, False, id="20 s"), pytest.param(8, True, id="8 s with small windows")],
+)
+def test_kafka_killed_under_load(
+    own_kafka: KafkaNode, brokers: Brokers, stack: ExitStack, down: float, small: bool
+) -> None:
+    cluster = Cluster(own_kafka)
+    group, bus = (SMALL_GROUP, SMALL_BUS) if small else (GROUP, "")
+    scene = open_scene(brokers, stack, cluster.config(group, bus=bus))
+    for publisher in scene.publishers:
+        publisher.wait_for(WARM_UP, 30)
+    watch = Watch(scene.a, scene.b)
+    stack.callback(watch.end)
+    own_kafka.kill()
+    outage = threading.Event()
+    outage.wait(down)  # the length of the outage is what the test is about
+    assert all(not publisher.paho.ended.is_set() for publisher in scene.publishers), "a client was disconnected"
+    before = {publisher.topic: publisher.acknowledged for publisher in scene.publishers}
+    own_kafka.start()
+    for publisher in scene.publishers:
+        publisher.wait_for(before[publisher.topic] + WARM_UP, RECOVERY_LIMIT)
+    for publisher in scene.publishers:
+        publisher.finish(RECOVERY_LIMIT)
+    end_marks(scene)
+    wanted = scene.published()
+    near, far = (all_until_marks(client, set(wanted)) for client in (scene.near, scene.far))
+    largest = watch.end()
+    assert largest < RSS_LIMIT, f"{largest:.0f} MiB"
+    for publisher in scene.publishers:
+        publisher.close()
+    for node in (scene.a, scene.b):
+        node.stop()
+        told = warnings_of(node)
+        assert len([line for line in told if "is away" in line]) == 1, told
+        assert len([line for line in told if "is back" in line]) == 1, told
+    counters, others = scene.a.counters(), scene.b.counters()
+    assert others.get("dropped_outbox_full", 0) == counters.get("dropped_outbox_full", 0) == 0
+    check(wanted, near, 0, "the node of the publishers")
+    check(wanted, far, counters.get("kafka.bus_messages_dropped", 0), "the other node")
+    check(wanted, archived(own_kafka), counters.get("archive.Load.dropped_qos0", 0), "the archive")
+    if small:
+        assert counters.get("kafka.bus_messages_dropped", 0) > 0, "the window was never full"
+        assert counters.get("archive.Load.dropped_qos0", 0) > 0, "the window was never full"
+        assert counters.get("kafka.bus_messages_held", 0) > 0, "no publisher was slowed"
+
+
+def flood(port: int, topic: bytes, count: int, size: int) -> None:
+    """Send `count` QoS 0 messages over a plain socket as fast as it takes them; return when all were handled."""
+    connect = b"\x00\x04MQTT\x04\x02\x00\x00" + struct.pack(">H", 5) + b"flood"
+    body = struct.pack(">H", len(topic)) + topic + bytes(size)
+    length = bytes([len(body) & 0x7F | 0x80, len(body) >> 7]) if len(body) > 127 else bytes([len(body)])
+    frame = b"\x30" + length + body
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+        connection.sendall(b"\x10" + bytes([len(connect)]) + connect)
+        assert connection.recv(4, socket.MSG_WAITALL) == b"\x20\x02\x00\x00"
+        for _ in range(count // 1000):
+            connection.sendall(frame * 1000)
+        connection.sendall(b"\xc0\x00")  # the answer to PINGREQ comes behind everything
+        assert connection.recv(2, socket.MSG_WAITALL) == b"\xd0\x00"
+        connection.sendall(b"\xe0\x00")
+
+
+def test_full_windows_with_kafka_dead(own_kafka: KafkaNode, brokers: Brokers, stack: ExitStack) -> None:
+    """Memory is bounded, QoS 1 waits, local clients go on, SIGTERM ends within its timeout."""
+    cluster = Cluster(own_kafka)
+    node = brokers.start(cluster.config(f"{GROUP}[Shutdown]\nTimeout = {TIMEOUT}\n"))
+    client = stack.enter_context(PahoClient(node))
+    client.subscribe("load/local")
+    own_kafka.kill()
+    flood(node.port, b"load/flood", 1_000_000, 100)
+    publisher = NumberedPublisher(node, "load/qos1", 1, version=V311)
+    stack.callback(publisher.close)
+    wait_until(lambda: publisher.published >= publisher.window, "the publisher has sent what it may")
+    publisher.stop_publishing()
+    assert publisher.acknowledged == 0, "acknowledged beyond a full window"
+    client.publish("load/local", "still served", qos=0)
+    assert client.received(1) == [Heard("load/local", b"still served", 0)]
+    assert node.rss_mib < RSS_LIMIT, f"{node.rss_mib:.0f} MiB"
+    began = time.monotonic()
+    node.stop(limit=TIMEOUT + 5)
+    assert time.monotonic() - began < TIMEOUT + 1
+    counters = node.counters()
+    sent = 1_000_000 + 1
+    assert counters["messages_received_qos0"] == sent
+    taken = 200_000
+    assert sent - taken - 20_000 < counters["kafka.bus_messages_dropped"] <= sent
+    assert len([line for line in warnings_of(node) if "is away" in line]) == 1
+
+
+def test_kafka_comes_after_the_nodes(own_kafka: KafkaNode, brokers: Brokers, topic: str) -> None:
+    """A node starts without Kafka, serves, and joins the bus when Kafka is there."""
+    cluster = Cluster(own_kafka)
+    own_kafka.stop()
+    a, b = brokers.make(cluster.config(), name="node-a"), brokers.make(cluster.config(), name="node-b")
+    for node in (a, b):
+        node.launch()
+    for node in (a, b):
+        node.wait_for_listeners()
+    with PahoClient(a) as at_a, PahoClient(b, transport="websockets") as at_b:
+        at_b.subscribe(topic)
+        at_a.publish(topic, "waits for Kafka", qos=1)
+        own_kafka.start()
+        at_a.subscribe(f"{topic}/back")
+
+        def joined() -> bool:
+            at_b.publish(f"{topic}/back", "hello", qos=1)
+            return any(m.topic == f"{topic}/back" for m in at_a.heard_so_far())
+
+        wait_until(joined, "node B is heard on node A", limit=RECOVERY_LIMIT)
+    for node in (a, b):
+        assert len([line for line in warnings_of(node) if "is away" in line]) == 1, node.output.text
