@@ -13,7 +13,7 @@ from gateways.kafka import workers
 from gateways.kafka.archive import KafkaArchiveStore
 from gateways.kafka.bridge import ConsumerBridge, ProducerBridge
 from gateways.kafka.cluster import Cluster
-from gateways.kafka.mapping import JsonMapper
+from gateways.kafka.mapping import JsonMapper, TimestampFormat
 from gateways.kafka.options import KafkaOptions
 from gateways.kafka.poller import Assignment
 from gateways.kafka.records import ConsumedRecord
@@ -43,7 +43,7 @@ class KafkaGateway:
         self._bus: Bus | None = None
         self._topics: TopicManager | None = None
 
-    def archive_store(self, topic: str | None, name: str) -> ArchiveStore:
+    def archive_store(self, topic: str | None, name: str, timestamps: TimestampFormat = "iso") -> ArchiveStore:
         """Make the store of archive group `name`, before `run`; `topic`: its own, None for the archive topic."""
         if self._archive is None:
             self._archive = ProducerBridge(
@@ -54,7 +54,8 @@ class KafkaGateway:
                 window_records=self.options.window_messages,
                 window_bytes=self.options.window_bytes,
             )
-        mapper = JsonMapper(topic or self.options.topics.archive.name or DEFAULTS["archive"].name)
+        default = self.options.topics.archive.name or DEFAULTS["archive"].name
+        mapper = JsonMapper(topic or default, timestamps=timestamps)
         self._mappers.append(mapper)
         return KafkaArchiveStore(self._archive, mapper)
 
