@@ -13,16 +13,7 @@ from gateways.kafka.bus import RECORD_SIZE, START_TIMEOUT, BusSettings
 from gateways.kafka.bus_records import Kind, encode_header, encode_items
 from gateways.kafka.partitions import partition_for
 from mqtt_trio.gateway import FrameRun, Hold, Message, MessageProperties, ReasonCode, Refused
-from tests.gateways.memory_bus import (
-    LATENCY,
-    NOW,
-    MemoryKafka,
-    Node,
-    make_node,
-    run_node,
-    run_of,
-    start_node,
-)
+from tests.gateways.memory_bus import LATENCY, NOW, MemoryKafka, Node, make_node, run_node, run_of, start_node
 
 SOON = 0.1
 """Seconds on the fake clock in which everything arrives."""
