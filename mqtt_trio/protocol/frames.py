@@ -142,6 +142,8 @@ class FrameDecoder:
         end = len(data) - 6
         if self._open:
             return at
+        bodies: list[bytes] = []
+        keys: list[bytes] = []
         while at <= end and data[at] == 0x82:
             size = data[at + 1] - 128  # negative without a mask
             body = at + 6
@@ -152,10 +154,14 @@ class FrameDecoder:
             stop = body + size
             if stop > end + 6 or not 0 <= size <= self._maximum_size:
                 break
-            key = (data[body - 4 : body] * ((size >> 2) + 1))[:size]
-            masked = _from_bytes(data[body:stop], "little")
-            out.append((masked ^ _from_bytes(key, "little")).to_bytes(size, "little"))
+            bodies.append(data[body:stop])
+            keys.append((data[body - 4 : body] * ((size >> 2) + 1))[:size])
             at = stop
+        if bodies:
+            # One XOR for the run: two integers made, one written, however many frames it has.
+            masked = b"".join(bodies)
+            key = _from_bytes(b"".join(keys), "little")
+            out.append((_from_bytes(masked, "little") ^ key).to_bytes(len(masked), "little"))
         return at
 
     def _frame(self, data: bytes, at: int, out: list[bytes]) -> int:
