@@ -19,6 +19,7 @@ from mqtt_trio.broker.retained import RetainedMessages
 from mqtt_trio.broker.router import Router, SubscriptionOptions
 from mqtt_trio.broker.session import RELEASED, Delivery, Session
 from mqtt_trio.broker.tap import FrameRun, Hold, Refused, Tap, TapRoute
+from mqtt_trio.errors import LocalProtocolError
 from mqtt_trio.protocol.codes import PacketType, ReasonCode
 from mqtt_trio.protocol.packets import (
     Auth,
@@ -39,6 +40,7 @@ from mqtt_trio.protocol.packets import (
     Unsubscribe,
 )
 from mqtt_trio.protocol.topics import split_shared
+from mqtt_trio.protocol.wire import MAXIMUM_POSSIBLE_PACKET_SIZE
 
 AUDIENCES: Final = 10_000
 """Distinct audiences that are remembered, so that topics which reach the same clients share one."""
@@ -240,9 +242,16 @@ class Broker:
     # Packets of a connected client
 
     def reply(self, link: ClientLink, packet: Packet) -> None:
-        """Put a control packet into the client's outbox."""
+        """Put a control packet into the client's outbox; one that the client does not take ends it."""
+        try:
+            frame = link.connection.encode(packet)
+        except LocalProtocolError as exc:
+            if link.connection.peer_maximum_packet_size >= MAXIMUM_POSSIBLE_PACKET_SIZE:
+                raise  # it asked for no maximum: our bug
+            link.end(ReasonCode.PACKET_TOO_LARGE, str(exc))  # [MQTT5-3.1.2-24]
+            return
         self.metrics.packets_sent += 1
-        link.outbox.put(link.connection.encode(packet))
+        link.outbox.put(frame)
 
     def _puback(self, link: ClientLink, session: Session, packet: Packet, now: float) -> bool:
         assert isinstance(packet, PubAck)

@@ -127,7 +127,6 @@ class Connections:
         if packet.clean_start:
             session.received.clear()
         link.session = session
-        link.lane = self.make_lane(self.broker, session, outbox)
 
     def _accept(self, link: ClientLink, session: Session, packet: Connect, present: bool, now: float) -> None:
         """Send the successful CONNACK and set what it promises."""
@@ -149,7 +148,6 @@ class Connections:
                 connack.topic_alias_maximum = link.connection.topic_alias_maximum
         link.silence_limit = KEEP_ALIVE_FACTOR * keep_alive if keep_alive else None
         link.deadline_changed()
-        broker.reply(link, connack)
         broker.metrics.clients_connected += 1
         broker.emit(
             ClientConnected(
@@ -164,6 +162,9 @@ class Connections:
                 keep_alive=keep_alive,
             )
         )
+        broker.reply(link, connack)  # behind the rest: a client that does not take it is lost by that
+        if session.link is link:
+            link.lane = self.make_lane(broker, session, link.outbox)
 
     def _refuse(self, link: ClientLink, packet: Connect, code: ReasonCode, reason: str, now: float) -> None:
         """Answer a CONNECT with a refusal and close [MQTT5-3.2.2-7]."""

@@ -77,6 +77,8 @@ class FastLane:
                 if stop == pos:
                     break
                 pos = stop
+                if self.outbox.session is None:
+                    break  # a refusal ended the client: bytes behind an end are ignored
                 continue
             length = data[pos + 1]
             body = pos + 2
@@ -158,7 +160,7 @@ class FastLane:
             pos = stop
             count += 1
             if answers and broker.refused(session, 1, int.from_bytes(packet_id, "big"), answers):
-                if session.link is None:
+                if mine.session is None:
                     break  # that ended a 3.x client
                 continue
             tail = data[at + 2 : stop]

@@ -26,7 +26,8 @@ class LocalPublisher:
         """A fast lane of a session that nobody else sees; its acknowledgements go nowhere."""
         outbox = Outbox([], self.broker.limits.outbox_bytes)
         outbox.protocol_version = int(version)
-        return FastLane(self.broker, Session(""), outbox)
+        session = outbox.session = Session("")
+        return FastLane(self.broker, session, outbox)
 
     def publish(self, messages: Sequence[Message], *, tapped: bool = False) -> None:
         """Deliver `messages` to the subscribers of this node."""

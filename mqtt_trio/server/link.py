@@ -121,7 +121,7 @@ class Link:
                 connection.start = stop = lane.handle(connection.buffer, start, now)
                 if stop != start:
                     self.last_packet_at = now
-                    if stop == len(connection.buffer):
+                    if stop == len(connection.buffer) or self.lane is not lane:  # taken, or ended by it
                         connection.buffer, connection.start = b"", 0
                         return
             packet = connection.next_packet()
@@ -157,13 +157,19 @@ class Link:
             return
         self.ended = True
         self.end_reason, self.end_text = reason_code, text
-        if (
-            reason_code is not None
-            and self.lane is not None
-            and self.connection.protocol_version == ProtocolVersion.MQTT_5_0
-        ):
-            self.outbox.put(self.connection.encode(Disconnect(reason_code)))
-        self.broker.connection_lost(self, trio.current_time())
+        try:
+            try:
+                if (
+                    reason_code is not None
+                    and self.lane is not None
+                    and self.connection.protocol_version == ProtocolVersion.MQTT_5_0
+                ):
+                    self.outbox.put(self.connection.encode(Disconnect(reason_code)))
+            finally:
+                self.broker.connection_lost(self, trio.current_time())
+        except Exception as exc:
+            # Whoever ends a client is seldom that client's own driver: our error must not become theirs.
+            self._log_failure(exc)
         self.reading_changed()
         self.changed.set()
 
@@ -187,6 +193,8 @@ class Link:
             self._handle(now)
         except RemoteProtocolError as exc:
             self._protocol_error(exc)
+        except Exception as exc:  # whoever resumes drives the link; the error stays this client's
+            self.failed(exc)
         self.deadline_changed()
         self.reading_changed()
 
@@ -244,10 +252,13 @@ class Link:
 
     def failed(self, exc: Exception) -> None:
         """Our own error while this client's bytes were handled: it ends this client and nobody else."""
+        self._log_failure(exc)
+        self.end(ReasonCode.UNSPECIFIED_ERROR, "internal error")
+
+    def _log_failure(self, exc: Exception) -> None:
         self.broker.metrics.client_failures += 1
         client_id = self.session.client_id if self.session is not None else ""
         logger.error("client %r at %s ended by an error of the broker", client_id, self.peer, exc_info=exc)
-        self.end(ReasonCode.UNSPECIFIED_ERROR, "internal error")
 
     def wrap(self, data: bytes) -> bytes:
         """Make one WebSocket frame of what leaves, where the client speaks WebSocket (drivers with time for a call)."""

@@ -148,8 +148,12 @@ class SocketLink(Link):
         if event & select.EPOLLOUT:
             try:
                 self.write_backlog()
+            except BlockingIOError:
+                pass
             except OSError as exc:
                 self._give_up(f"the network connection broke: {exc.strerror}")
+            except Exception as exc:
+                self.failed(exc)
         if not event & ~select.EPOLLOUT:
             return
         if not self.ended and not self.paused:

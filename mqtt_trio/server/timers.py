@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+
 import trio
 
 from mqtt_trio.broker.broker import Broker
+
+logger = logging.getLogger(__name__)
 
 
 class DeadlineTimer:
@@ -26,5 +30,9 @@ class DeadlineTimer:
             deadline = self.broker.next_deadline()
             with trio.move_on_at(float("inf") if deadline is None else deadline):
                 await self._changed.wait()
-            self.broker.run_deadlines(trio.current_time())
+            try:
+                self.broker.run_deadlines(trio.current_time())
+            except Exception:  # one client's Will must not end the node; what was due beside it comes next
+                logger.exception("a Will or a session's end failed by an error of the broker")
+                self.broker.metrics.client_failures += 1
             self.broker.flush()

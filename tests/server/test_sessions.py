@@ -1,0 +1,130 @@
+"""Sessions over many connections: flows that go on, bounds that hold, and failures that stay with one client."""
+
+from __future__ import annotations
+
+import pytest
+import trio
+import trio.testing
+
+from mqtt_trio.broker.message import Message
+from mqtt_trio.broker.outbox import ClientLink
+from mqtt_trio.broker.tap import Answer, FrameRun, Refused, TapRoute, read_run
+from mqtt_trio.protocol.codes import ProtocolVersion, QoS, ReasonCode
+from mqtt_trio.protocol.encode import encode
+from mqtt_trio.protocol.packets import (
+    Connect,
+    Disconnect,
+    Packet,
+    PingReq,
+    PingResp,
+    PubAck,
+    Publish,
+    Subscribe,
+    Subscription,
+    Will,
+)
+from mqtt_trio.testing import MemoryBroker
+
+V311, V5 = ProtocolVersion.MQTT_3_1_1, ProtocolVersion.MQTT_5_0
+
+
+class ScriptedTap:
+    """Answers QoS 1 and 2 messages as it is told."""
+
+    def __init__(self, answer: Answer = None) -> None:
+        self.answer = answer
+        self.fails = False
+        self.seen: list[bytes] = []
+
+    def route(self, topic_name: str) -> TapRoute | None:
+        return self
+
+    def take_run(self, run: FrameRun) -> Answer:
+        answer: Answer = None
+        for message in read_run(run):
+            answer = self.take(message)
+        return answer
+
+    def take(self, message: Message) -> Answer:
+        self.seen.append(message.payload)
+        if self.fails:
+            raise RuntimeError("a bug in a tap")
+        return self.answer if message.qos else None
+
+
+# Failures stay with one client
+
+
+async def test_a_client_that_takes_no_packet_is_ended_quietly(memory_broker: MemoryBroker) -> None:
+    for size in (1, 2, 5):
+        stream = await memory_broker.open_stream()
+        await stream.send_all(encode(Connect(client_id="tiny", maximum_packet_size=size), V5))
+        assert await stream.receive_some(10) == b""
+    metrics = memory_broker.broker.metrics
+    assert (metrics.client_failures, metrics.clients_connected, metrics.sessions) == (0, 0, 0)
+
+
+async def test_an_answer_larger_than_the_client_takes_ends_it(memory_broker: MemoryBroker) -> None:
+    client = await memory_broker.connect("c", maximum_packet_size=40)
+    await client.send(Subscribe(1, tuple(Subscription(f"t/{number}") for number in range(60))))
+    assert await client.closed() == Disconnect(ReasonCode.PACKET_TOO_LARGE)
+    assert memory_broker.broker.metrics.client_failures == 0
+
+
+async def test_a_will_that_fails_ends_its_own_client_only(
+    memory_broker: MemoryBroker, caplog: pytest.LogCaptureFixture, autojump_clock: trio.testing.MockClock
+) -> None:
+    tap = ScriptedTap()
+    memory_broker.broker.add_tap(tap)
+    healthy = await memory_broker.connect("healthy")
+    device = await memory_broker.connect("device", will=Will(topic_name="gone"))
+    tap.fails = True
+    await device.cut()
+    assert not any(link.session and link.session.client_id == "device" for link in memory_broker.clients.links)
+    delayed = Will(topic_name="gone", will_delay_interval=5)
+    device = await memory_broker.connect("delayed", will=delayed, session_expiry_interval=9)
+    await device.cut()
+    await trio.sleep(6)
+    assert memory_broker.broker.connections.sessions["delayed"].will is None
+    await trio.sleep(4)
+    assert "delayed" not in memory_broker.broker.connections.sessions
+    assert caplog.text.count("RuntimeError: a bug in a tap") == 2
+    await healthy.send(PingReq())
+    assert await healthy.next_packet() == PingResp()
+
+
+async def test_a_failure_behind_a_pause_stays_with_the_paused_client(
+    memory_broker: MemoryBroker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    broker = memory_broker.broker
+    clients = [await memory_broker.connect(name) for name in ("victim", "healthy")]
+    broker.stop_publishers(memory_broker)
+    for client in clients:
+        await client.send(Publish("t", b"", QoS(1), packet_id=1))
+    await trio.testing.wait_all_tasks_blocked()
+    handle = broker.handle
+
+    def broken(link: ClientLink, packet: Packet, now: float) -> bool:
+        if link.session is not None and link.session.client_id == "victim":
+            raise RuntimeError("a bug")
+        return handle(link, packet, now)
+
+    monkeypatch.setattr(broker, "handle", broken)
+    broker.resume_publishers(memory_broker)
+    broker.flush()
+    assert await clients[0].closed() == Disconnect(ReasonCode.UNSPECIFIED_ERROR)
+    assert await clients[1].next_packet() == PubAck(1)
+    assert "a bug" in caplog.text
+
+
+async def test_bytes_behind_a_refusal_of_a_311_client_are_ignored(memory_broker: MemoryBroker) -> None:
+    tap = ScriptedTap()
+    memory_broker.broker.add_tap(tap)
+    client = await memory_broker.connect("c", version=V311)
+    assert await client.publish("t", b"first", qos=1) == ReasonCode.SUCCESS
+    tap.answer = Refused(ReasonCode.QUOTA_EXCEEDED)
+    frames = [encode(Publish("t", name, QoS(1), packet_id=9), V311) for name in (b"refused", b"behind")]
+    await client.stream.send_all(b"".join(frames) + encode(Publish("t", b"last"), V311))
+    assert await client.closed() is None
+    assert tap.seen == [b"first", b"refused"]
+    assert memory_broker.broker.metrics.client_failures == 0
