@@ -13,9 +13,10 @@ from paho.mqtt.reasoncodes import ReasonCode
 from tests.interop.broker_process import BrokerProcess
 from tests.interop.paho_support import V5, PahoClient
 
-BURST: Final = 10
-PAUSE: Final = 0.01
-"""Seconds between two bursts: a load of about BURST / PAUSE messages/s and publisher."""
+BURST: Final = 5
+PAUSE: Final = 0.02
+"""Seconds between two bursts: BURST / PAUSE messages/s and publisher at most. Six of them are what paho's subscribers in
+the same interpreter keep up with."""
 PADDING: Final = b"." * 100
 
 
@@ -46,8 +47,7 @@ class NumberedPublisher(threading.Thread):
         self.refusals: list[str] = []
         self._changed = threading.Condition()
         self._finish = threading.Event()
-        self.paho = PahoClient(broker, version=version)
-        self.paho.client.max_inflight_messages_set(window)
+        self.paho = PahoClient(broker, version=version, inflight=window)
         self.paho.client.on_publish = self._on_publish
         self.start()
 

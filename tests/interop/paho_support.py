@@ -90,6 +90,7 @@ class PahoClient:
         session_expiry_interval: int = 0,
         will: Heard | None = None,
         will_delay: int | None = None,
+        inflight: int = 20,
     ) -> None:
         self.messages: list[Heard] = []
         self._queue: queue.SimpleQueue[Heard] = queue.SimpleQueue()
@@ -107,6 +108,7 @@ class PahoClient:
             transport=transport,
             reconnect_on_failure=False,
         )
+        self.client.max_inflight_messages_set(inflight)
         self.client.on_connect = self._on_connect
         self.client.on_disconnect = self._on_disconnect
         self.client.on_message = self._on_message

@@ -80,16 +80,8 @@ def archive_file(broker: BrokerProcess) -> Path:
 def test_sensors_reach_their_kafka_topic(kafka: KafkaNode, brokers: Brokers) -> None:
     name = unique_name("s")
     node = brokers.start(config(kafka), node_id="archiver")
-    rich = Heard(
-        f"sensors/{name}-rich",
-        b"rich",
-        1,
-        True,
-        (("unit", "°C"), ("unit", "K"), ("", "")),
-        "text/plain",
-        None,
-        b"\xff\0",
-    )
+    users = (("unit", "°C"), ("unit", "K"), ("", ""))
+    rich = Heard(f"sensors/{name}-rich", b"rich", 1, True, users, "text/plain", None, b"\xff\0")
     began = time.time()
     with PahoClient(node, client_id=name) as device, PahoClient(node, client_id=f"{name}-3", version=V311) as older:
         for kind, payload in PAYLOADS.items():
