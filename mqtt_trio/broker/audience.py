@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import attrs
 
@@ -32,6 +32,8 @@ class Audience:
     members: tuple[Member, ...]
     taps: tuple[TapRoute, ...]
     valid: bool = True
+    on_invalid: Callable[[Audience], object] | None = None
+    """Told once `valid` has fallen."""
     slices: tuple[tuple[Outbox, ...], tuple[Outbox, ...]] = ((), ())
     """Outboxes that may share QoS 0 slices: of 3.x clients, of 5.0 clients."""
     singly: tuple[Member, ...] = ()
@@ -43,6 +45,14 @@ class Audience:
     uniform: tuple[bool, bool] = (False, False)
     """Whether a QoS 1 publish of a 3.x, of a 5.0 client may be delivered on its bytes: no member is offline, singly
     or of the other version."""
+
+    def invalidate(self) -> None:
+        """Have nobody use or keep this any more: it names outboxes that are gone, and sessions that may be."""
+        self.valid = False
+        for member in self.members:
+            member.session.audiences.discard(self)
+        if self.on_invalid is not None:
+            self.on_invalid(self)
 
 
 def make_audience(members: Iterable[Member], taps: tuple[TapRoute, ...], maximum_packet_size: int) -> Audience:

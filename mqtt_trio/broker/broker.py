@@ -201,19 +201,17 @@ class Broker:
             *map(id, taps),
         )
         audience = self._audiences.get(key)
-        if audience is None or not audience.valid:
+        if audience is None:
             if len(self._audiences) >= AUDIENCES:
                 self._forget_audiences()
             audience = make_audience(members, taps, self.limits.maximum_packet_size)
+            audience.on_invalid = lambda _: self._audiences.pop(key, None)
             self._audiences[key] = audience
         return audience
 
     def _forget_audiences(self) -> None:
-        for audience in self._audiences.values():
-            audience.valid = False
-            for member in audience.members:
-                member.session.audiences.discard(audience)
-        self._audiences.clear()
+        for audience in list(self._audiences.values()):
+            audience.invalidate()
 
     @staticmethod
     def principal(session: Session) -> Principal:

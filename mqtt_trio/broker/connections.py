@@ -194,7 +194,7 @@ class Connections:
                 return True
             limit = self.broker.limits.session_expiry_interval
             session.expiry_interval = min(packet.session_expiry_interval, limit)
-        if packet.reason_code != ReasonCode.DISCONNECT_WITH_WILL_MESSAGE:
+        if packet.reason_code == ReasonCode.NORMAL_DISCONNECTION:  # any other one publishes it [MQTT5-3.1.2-10]
             session.will = None
         self.lost(link, now, by_client=True)
         link.end(None, "DISCONNECT by the client")
@@ -270,10 +270,15 @@ class Connections:
         metrics.messages_queued -= len(session.queue)
         metrics.dropped_session_ended += len(session.queue)
         metrics.sessions -= 1
+        session.forget_messages()
 
     # Deadlines
 
     def _schedule(self, deadline: float, session: Session) -> None:
+        if len(self._deadlines) > 4 * len(self.sessions) + 64:
+            # Clients that come and go leave an entry each time, which would stay until its expiry comes up.
+            self._deadlines = [entry for entry in self._deadlines if entry[0] in (entry[2].will_at, entry[2].deadline)]
+            heapq.heapify(self._deadlines)
         self._number += 1
         heapq.heappush(self._deadlines, (deadline, self._number, session))
         self.deadline_added()

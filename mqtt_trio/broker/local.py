@@ -63,6 +63,7 @@ class LocalPublisher:
         metrics.packets_received, metrics.messages_received_qos0, metrics.messages_received_qos1 = received
         metrics.messages_local += run.count
         lane.outbox.frames.clear()
+        lane.outbox.touched.clear()
         lane.outbox.room = lane.outbox.limit
 
     def set_retained(self, message: Message) -> None:

@@ -110,6 +110,12 @@ class Session:
         self.audiences: set[Audience] = set()
         """Route cache entries that name this session."""
 
+    def forget_messages(self) -> None:
+        """The session is at its end: route caches may still name it, its messages must not stay with it."""
+        self.queue.clear()
+        self.queue_bytes = 0
+        self.inflight.clear()
+
     def take_id(self) -> int:
         """Return a free Packet Identifier. There is one: `send_maximum` is below their number [MQTT5-2.2.1-3]."""
         packet_id = self.next_id
@@ -120,9 +126,8 @@ class Session:
 
     def forget_routes(self) -> None:
         """Invalidate every route that names this session: its connection or its subscriptions changed."""
-        for audience in self.audiences:
-            audience.valid = False
-        self.audiences.clear()
+        for audience in list(self.audiences):
+            audience.invalidate()
 
     @property
     def persistent(self) -> bool:

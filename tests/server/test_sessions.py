@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import trio
 import trio.testing
 
+from mqtt_trio.broker.local import LocalPublisher
 from mqtt_trio.broker.message import Message
 from mqtt_trio.broker.outbox import ClientLink
 from mqtt_trio.broker.tap import Answer, FrameRun, Refused, TapRoute, read_run
@@ -128,3 +132,60 @@ async def test_bytes_behind_a_refusal_of_a_311_client_are_ignored(memory_broker:
     assert await client.closed() is None
     assert tap.seen == [b"first", b"refused"]
     assert memory_broker.broker.metrics.client_failures == 0
+
+
+# Nothing grows with the number of connections
+
+
+async def test_ended_sessions_leave_nothing_behind(memory_broker: MemoryBroker) -> None:
+    broker = memory_broker.broker
+    stays, sender = await memory_broker.connect("stays"), await memory_broker.connect("sender")
+    await stays.subscribe("t", qos=1)
+    gone = []
+    for number in range(20):
+        guest = await memory_broker.connect(f"guest-{number}")
+        await guest.subscribe("t", qos=1)
+        await sender.publish("t", qos=1)
+        gone.append(weakref.ref(broker.connections.sessions[f"guest-{number}"].audiences.copy().pop()))
+        await guest.disconnect()
+    await sender.publish("t", qos=1)
+    assert len(broker.connections.sessions["stays"].audiences) <= 2
+    assert len(broker._audiences) <= 2
+    gc.collect()
+    assert [ref() for ref in gone] == [None] * 20
+
+
+async def test_a_session_that_comes_and_goes_leaves_one_deadline(memory_broker: MemoryBroker) -> None:
+    away = await memory_broker.connect("away", session_expiry_interval=60)
+    await away.disconnect()
+    for _ in range(200):
+        device = await memory_broker.connect("device", clean_start=False, session_expiry_interval=3600)
+        await device.disconnect()
+    assert len(memory_broker.broker.connections._deadlines) < 80
+    deadline = memory_broker.broker.next_deadline()
+    assert deadline == memory_broker.broker.connections.sessions["away"].deadline
+
+
+async def test_runs_from_outside_leave_nothing_behind(memory_broker: MemoryBroker) -> None:
+    receiver = await memory_broker.connect("r")
+    await receiver.subscribe("t", qos=1)
+    local = LocalPublisher(memory_broker.broker, "bus", trio.current_time)
+    frame = encode(Publish("t", b"x", QoS(1), packet_id=1), V5)
+    for _ in range(50):
+        local.publish_runs([FrameRun(frame, 1, 1, V5, "far", 0.0)])
+        assert (await receiver.next_message()).payload == b"x"
+    for lane in local._lanes:
+        assert len(lane.outbox.touched) + len(lane.outbox.frames) + len(lane.session.inflight) == 0
+
+
+# Wills
+
+
+@pytest.mark.spec("MQTT5-3.1.2-8")
+@pytest.mark.parametrize("code", [ReasonCode.UNSPECIFIED_ERROR, ReasonCode.DISCONNECT_WITH_WILL_MESSAGE])
+async def test_a_goodbye_with_an_error_publishes_the_will(memory_broker: MemoryBroker, code: ReasonCode) -> None:
+    watcher = await memory_broker.connect("watcher")
+    await watcher.subscribe("gone")
+    device = await memory_broker.connect("device", will=Will(topic_name="gone", payload=b"!"))
+    await device.disconnect(reason_code=code)
+    assert (await watcher.next_message()).payload == b"!"
