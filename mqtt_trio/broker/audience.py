@@ -12,6 +12,10 @@ from mqtt_trio.broker.session import Session
 from mqtt_trio.broker.tap import TapRoute
 
 
+TRANSLATION = 2
+"""Bytes that a 3.x frame grows by at most in 5.0: an empty Property Length, a longer Remaining Length."""
+
+
 @attrs.define
 class Member:
     """One session of an Audience with what its matching subscriptions ask for together [MQTT5-3.3.4-2]."""
@@ -69,7 +73,7 @@ def make_audience(members: Iterable[Member], taps: tuple[TapRoute, ...], maximum
         outbox = session.outbox
         if outbox is None:
             offline = True
-        elif member.subscription_identifiers or outbox.maximum_packet_size < maximum_packet_size:
+        elif member.subscription_identifiers or outbox.maximum_packet_size < maximum_packet_size + TRANSLATION:
             singly.append(member)
         else:
             slices[outbox.protocol_version == 5].append(outbox)

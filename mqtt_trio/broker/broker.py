@@ -262,10 +262,10 @@ class Broker:
         if entry is None or isinstance(entry, tuple) or entry.qos != 2:
             self.reply(link, PubRel(packet.packet_id, ReasonCode.PACKET_IDENTIFIER_NOT_FOUND))
         elif packet.reason_code >= 0x80:  # [MQTT5-4.3.3-4]: the message is at its end
-            del session.inflight[packet.packet_id]
-            self.sender.pump(session, now)
+            self.sender.finished(session, packet.packet_id, now)
         else:
             session.inflight[packet.packet_id] = RELEASED
+            session.resending.pop(packet.packet_id, None)
             self.reply(link, PubRel(packet.packet_id))
         return True
 

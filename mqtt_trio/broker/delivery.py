@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import TypeAlias
 
@@ -62,7 +63,13 @@ class Sender:
             else:
                 self._dropped("outbox_full", session, delivery.message, now)
             return
-        if outbox is None or session.queue or len(session.inflight) >= session.send_maximum or outbox.room <= 0:
+        if (
+            outbox is None
+            or session.queue
+            or session.resending
+            or len(session.inflight) >= session.send_maximum
+            or outbox.room <= 0
+        ):
             self._enqueue(session, delivery, now)
             if outbox is not None and outbox.room <= 0:
                 outbox.starved = True
@@ -96,7 +103,9 @@ class Sender:
             interval = message.properties.message_expiry_interval
             if interval is not None:
                 interval = int(message.published_at + interval - (now + self.wall_offset) + 0.999)
-                if interval <= 0:  # [MQTT5-3.3.2-5]
+                if dup:
+                    interval = max(interval, 0)  # its delivery has begun, so it is brought to an end
+                elif interval <= 0:  # [MQTT5-3.3.2-5]
                     self._dropped("expired", outbox.session, message, now)
                     return None
             encoded = encodings[key] = EncodedPublish(
@@ -135,11 +144,18 @@ class Sender:
         self.metrics.messages_queued += 1
 
     def pump(self, session: Session, now: float) -> None:
-        """Send from the queue while the window and the outbox have room."""
+        """Repeat what is left to repeat, then send from the queue, while the window and the outbox have room."""
         outbox = session.outbox
         if outbox is None:
             return
         outbox.starved = False
+        while session.resending and len(session.inflight) - len(session.resending) < session.send_maximum:
+            if outbox.room <= 0:
+                outbox.starved = True
+                return
+            self._repeat(session, outbox, session.resending.popitem(last=False)[0], now)
+        if session.resending:
+            return
         while session.queue and len(session.inflight) < session.send_maximum:
             if outbox.room <= 0:
                 outbox.starved = True
@@ -151,22 +167,30 @@ class Sender:
 
     def resend(self, session: Session, now: float) -> None:
         """Repeat what was in flight when the last connection ended, then go on with the queue [MQTT5-4.4.0-1]."""
-        outbox = session.outbox
-        if outbox is None:
-            return
-        for packet_id, entry in list(session.inflight.items()):
-            if isinstance(entry, Released):
-                outbox.put(encode(PubRel(packet_id), ProtocolVersion(outbox.protocol_version)))
-                continue
+        for packet_id, entry in session.inflight.items():
             if isinstance(entry, tuple):
-                entry = session.inflight[packet_id] = self.from_fast(entry, session, now)
-            # What was sent once keeps its id until it is acknowledged, also when it is expired by now.
-            frame = self._frame(entry, outbox, {}, packet_id, now, dup=True)
-            if frame is None:
-                del session.inflight[packet_id]
-            else:
-                outbox.put(frame)
+                session.inflight[packet_id] = self.from_fast(entry, session, now)
+        session.resending = OrderedDict.fromkeys(session.inflight)
         self.pump(session, now)
+
+    def _repeat(self, session: Session, outbox: Outbox, packet_id: int, now: float) -> None:
+        entry = session.inflight[packet_id]
+        if isinstance(entry, Released):
+            outbox.put(encode(PubRel(packet_id), ProtocolVersion(outbox.protocol_version)))
+            self.metrics.packets_sent += 1
+            return
+        assert isinstance(entry, Delivery)
+        # What was sent once keeps its id until it is acknowledged, also when it is expired by now: the client may
+        # hold the id of a QoS 2 message, and would take a new message under it for this one.
+        frame = self._frame(entry, outbox, {}, packet_id, now, dup=True)
+        if frame is None:
+            del session.inflight[packet_id]
+            return
+        outbox.put(frame)
+        if entry.qos == 1:
+            self.metrics.messages_sent_qos1 += 1
+        else:
+            self.metrics.messages_sent_qos2 += 1
 
     def from_fast(self, entry: FastDelivery, session: Session, now: float) -> Delivery:
         """Make an ordinary delivery of one that the fast lane sent."""
@@ -185,10 +209,16 @@ class Sender:
                 return False
         elif entry is not RELEASED:
             return False
-        del session.inflight[packet_id]
-        if session.queue:
-            self.pump(session, now)
+        self.finished(session, packet_id, now)
         return True
+
+    def finished(self, session: Session, packet_id: int, now: float) -> None:
+        """A delivery is at its end: its slot and its Packet Identifier are free."""
+        del session.inflight[packet_id]
+        if session.resending:
+            session.resending.pop(packet_id, None)
+        if session.queue or session.resending:
+            self.pump(session, now)
 
     def _dropped(self, reason: str, session: Session | None, message: Message, now: float) -> None:
         name = f"dropped_{reason}"

@@ -265,6 +265,7 @@ def _ready(audience: Audience, size: int) -> bool:
     for session in audience.acknowledged:
         if (
             session.queue
+            or session.resending
             or len(session.inflight) >= session.send_maximum
             or session.next_id in session.inflight
             or session.outbox.room < size  # type: ignore[union-attr]

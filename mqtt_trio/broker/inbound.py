@@ -68,7 +68,11 @@ class Inbound:
         if broker.stopped:
             broker.stall(link)
             return False
-        if len(session.received) + sum(ack.qos == 1 for ack in session.acks) >= broker.limits.receive_maximum:
+        limit, received = broker.limits.receive_maximum, session.received
+        # Counting what waits takes time for each of its members, so only where the sum may be reached.
+        if len(received) + len(session.acks) >= limit and (
+            len(received) + sum(ack.qos == 1 or ack.packet_id not in received for ack in session.acks) >= limit
+        ):
             if link.connection.protocol_version == ProtocolVersion.MQTT_5_0:
                 link.end(ReasonCode.RECEIVE_MAXIMUM_EXCEEDED, "more than Receive Maximum unacknowledged messages")
                 return False

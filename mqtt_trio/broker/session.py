@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, TypeAlias
 
@@ -76,6 +76,7 @@ class Session:
         "queue",
         "queue_bytes",
         "received",
+        "resending",
         "send_maximum",
         "subscriptions",
         "user_name",
@@ -91,6 +92,8 @@ class Session:
         self.subscriptions: dict[str, SubscriptionOptions] = {}
         self.inflight: dict[int, Inflight] = {}
         """Outbound, by Packet Identifier, in the order of sending [MQTT5-4.6.0-1]."""
+        self.resending: OrderedDict[int, None] = OrderedDict()
+        """Packet Identifiers of `inflight` that this connection has still to repeat, in order; nothing new goes first."""
         self.queue: deque[Delivery] = deque()
         self.queue_bytes = 0
         self.received: set[int] = set()
@@ -115,6 +118,7 @@ class Session:
         self.queue.clear()
         self.queue_bytes = 0
         self.inflight.clear()
+        self.resending.clear()
 
     def take_id(self) -> int:
         """Return a free Packet Identifier. There is one: `send_maximum` is below their number [MQTT5-2.2.1-3]."""

@@ -24,7 +24,7 @@ RECEIVE_SIZE: Final = 262_144
 EVENTS: Final = 512
 """Clients served in one wake; the others are ready at the next one."""
 BACKLOG_FACTOR: Final = 2
-"""A backlog beyond this many OutboxBytes ends the client: only answers to its own packets can make it so large."""
+"""A backlog beyond this many OutboxBytes, a read and the largest packet ends the client: only answers to its own packets can make it so large."""
 
 
 class SocketLink(Link):
@@ -97,7 +97,8 @@ class SocketLink(Link):
             self._bound_backlog()
 
     def _bound_backlog(self) -> None:
-        if self.backlog is not None and len(self.backlog) > BACKLOG_FACTOR * self.outbox.limit + RECEIVE_SIZE:
+        bound = BACKLOG_FACTOR * self.outbox.limit + RECEIVE_SIZE + self.broker.limits.maximum_packet_size
+        if self.backlog is not None and len(self.backlog) > bound:
             self._give_up("the client does not read the answers to its own packets")
 
     def _give_up(self, text: str) -> None:

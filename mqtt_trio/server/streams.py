@@ -92,14 +92,15 @@ class StreamLink(Link):
                     self.broker.has_room(outbox, trio.current_time())
                     self.broker.flush()
         except (trio.BrokenResourceError, trio.ClosedResourceError, OSError) as exc:
-            outbox.frames, self.raw = [], []
+            outbox.frames, self.raw, self._sending = [], [], 0
             self.end(None, f"sending failed: {exc}")
             self._idle.set()
             self.broker.flush()
 
     def flush(self) -> None:
         """Wake the writer; a client that does not read the answers to its own packets is ended."""
-        if self.outbox.room < -self.outbox.limit:
+        # A message may be larger than the room it found: it alone is no reason.
+        if self.outbox.room < -self.outbox.limit - self.broker.limits.maximum_packet_size:
             self.outbox.frames = []
             self.end(None, "the client does not read the answers to its own packets")
         self._wake.set()

@@ -9,10 +9,11 @@ import pytest
 import trio
 import trio.testing
 
+from mqtt_trio.broker.limits import Limits
 from mqtt_trio.broker.local import LocalPublisher
 from mqtt_trio.broker.message import Message
 from mqtt_trio.broker.outbox import ClientLink
-from mqtt_trio.broker.tap import Answer, FrameRun, Refused, TapRoute, read_run
+from mqtt_trio.broker.tap import Answer, FrameRun, Hold, Refused, TapRoute, read_run
 from mqtt_trio.protocol.codes import ProtocolVersion, QoS, ReasonCode
 from mqtt_trio.protocol.encode import encode
 from mqtt_trio.protocol.packets import (
@@ -22,12 +23,15 @@ from mqtt_trio.protocol.packets import (
     PingReq,
     PingResp,
     PubAck,
+    PubComp,
     Publish,
+    PubRec,
+    PubRel,
     Subscribe,
     Subscription,
     Will,
 )
-from mqtt_trio.testing import MemoryBroker
+from mqtt_trio.testing import MemoryBroker, open_memory_broker
 
 V311, V5 = ProtocolVersion.MQTT_3_1_1, ProtocolVersion.MQTT_5_0
 
@@ -189,3 +193,120 @@ async def test_a_goodbye_with_an_error_publishes_the_will(memory_broker: MemoryB
     device = await memory_broker.connect("device", will=Will(topic_name="gone", payload=b"!"))
     await device.disconnect(reason_code=code)
     assert (await watcher.next_message()).payload == b"!"
+
+
+# Messages again after a reconnect
+
+
+@pytest.mark.spec("MQTT5-4.4.0-1", "MQTT5-3.3.1-1", "MQTT5-4.6.0-1")
+@pytest.mark.parametrize("qos", [1, 2])
+@pytest.mark.parametrize("before, after", [(V5, V5), (V311, V311), (V5, V311), (V311, V5)])
+async def test_unacknowledged_messages_come_again(
+    memory_broker: MemoryBroker, qos: int, before: ProtocolVersion, after: ProtocolVersion
+) -> None:
+    device = await memory_broker.connect("device", version=before, clean_start=False, session_expiry_interval=60)
+    await device.subscribe("t", qos=qos)
+    sender = await memory_broker.connect("sender", version=before)
+    for number in range(9):
+        await sender.publish("t", b"%d" % number, qos=qos)
+    first = [await device.next_message(acknowledge=False) for _ in range(9)]
+    assert (memory_broker.broker.metrics.fast_lane_messages > 5) is (qos == 1)
+    await device.cut()
+    await sender.publish("t", b"queued", qos=qos)
+    device = await memory_broker.connect("device", version=after, clean_start=False, session_expiry_interval=60)
+    again = [await device.next_message(acknowledge=False) for _ in range(10)]
+    assert [m.payload for m in again] == [b"%d" % number for number in range(9)] + [b"queued"]
+    assert [m.packet_id for m in again[:9]] == [m.packet_id for m in first]
+    assert [m.dup for m in again] == [True] * 9 + [False]
+    assert not any(m.dup for m in first)
+
+
+@pytest.mark.spec("MQTT5-3.3.4-9")
+@pytest.mark.parametrize("qos", [1, 2])
+async def test_repeats_keep_to_the_receive_maximum_of_the_new_connection(memory_broker: MemoryBroker, qos: int) -> None:
+    device = await memory_broker.connect("device", session_expiry_interval=60)
+    await device.subscribe("t", qos=qos)
+    sender = await memory_broker.connect("sender")
+    for number in range(6):
+        await sender.publish("t", b"%d" % number, qos=qos)
+    await device.next_message(acknowledge=False)
+    await device.cut()
+    device = await memory_broker.connect("device", clean_start=False, receive_maximum=2, session_expiry_interval=60)
+    await sender.publish("t", b"6", qos=qos)
+    assert [(await device.next_message(acknowledge=False)).payload for _ in range(2)] == [b"0", b"1"]
+    assert await device.nothing_waits()
+    for packet_id in (1, 2):
+        await device.send(PubAck(packet_id) if qos == 1 else PubRec(packet_id))
+        if qos == 2:
+            await device.send(PubComp((await device.expect(PubRel)).packet_id))
+    assert [(await device.next_message()).payload for _ in range(5)] == [b"2", b"3", b"4", b"5", b"6"]
+    assert await device.nothing_waits()
+    assert not memory_broker.broker.connections.sessions["device"].inflight
+
+
+async def test_a_large_window_can_be_repeated(autojump_clock: trio.testing.MockClock) -> None:
+    async with open_memory_broker(Limits(outbox_bytes=65_536)) as memory:
+        device = await memory.connect("device", session_expiry_interval=60)
+        await device.subscribe("t", qos=1)
+        sender = await memory.connect("sender")
+        for _ in range(60):
+            await sender.publish("t", b"x" * 100_000, qos=1)
+            await device.next_message(acknowledge=False)
+        await device.cut()
+        device = await memory.connect("device", clean_start=False, session_expiry_interval=60)
+        assert [(await device.next_message()).packet_id for _ in range(60)] == list(range(1, 61))
+
+
+async def test_a_message_larger_than_the_outbox_is_delivered(autojump_clock: trio.testing.MockClock) -> None:
+    async with open_memory_broker(Limits(outbox_bytes=65_536)) as memory:
+        device, sender = await memory.connect("device"), await memory.connect("sender")
+        await device.subscribe("t", qos=1)
+        await sender.publish("t", b"x" * 500_000, qos=1)
+        assert len((await device.next_message()).payload) == 500_000
+
+
+async def test_a_begun_delivery_does_not_expire(
+    memory_broker: MemoryBroker, autojump_clock: trio.testing.MockClock
+) -> None:
+    device = await memory_broker.connect("device", session_expiry_interval=60)
+    await device.subscribe("t", qos=2)
+    sender = await memory_broker.connect("sender")
+    await sender.publish("t", b"begun", qos=2, message_expiry_interval=5)
+    await device.next_message(acknowledge=False)
+    await device.cut()
+    await trio.sleep(10)
+    device = await memory_broker.connect("device", clean_start=False, session_expiry_interval=60)
+    message = await device.next_message()
+    assert (message.payload, message.packet_id, message.properties.message_expiry_interval) == (b"begun", 1, 0)
+
+
+@pytest.mark.spec("MQTT5-4.3.3-4")
+async def test_pubrel_comes_again(memory_broker: MemoryBroker) -> None:
+    device = await memory_broker.connect("device", session_expiry_interval=60)
+    await device.subscribe("t", qos=2)
+    sender = await memory_broker.connect("sender")
+    await sender.publish("t", qos=2)
+    await device.next_message(acknowledge=False)
+    await device.send(PubRec(1))
+    assert await device.next_packet() == PubRel(1)
+    await device.cut()
+    device = await memory_broker.connect("device", clean_start=False, session_expiry_interval=60)
+    assert await device.next_packet() == PubRel(1)
+    await device.send(PubComp(1))
+    assert await device.nothing_waits()
+    assert not memory_broker.broker.connections.sessions["device"].inflight
+
+
+# Bounds
+
+
+async def test_refused_messages_behind_a_hold_count(memory_broker: MemoryBroker) -> None:
+    tap = ScriptedTap(Hold())
+    memory_broker.broker.add_tap(tap)
+    client = await memory_broker.connect("c")
+    await client.send(Publish("t", b"held", QoS(1), packet_id=1))
+    await trio.testing.wait_all_tasks_blocked()
+    tap.answer = Refused(ReasonCode.QUOTA_EXCEEDED)
+    for packet_id in range(2, 1026):
+        await client.send(Publish("t", b"", QoS(2), packet_id=packet_id))
+    assert await client.closed() == Disconnect(ReasonCode.RECEIVE_MAXIMUM_EXCEEDED)
