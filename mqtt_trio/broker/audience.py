@@ -11,7 +11,6 @@ from mqtt_trio.broker.router import SubscriptionOptions
 from mqtt_trio.broker.session import Session
 from mqtt_trio.broker.tap import TapRoute
 
-
 TRANSLATION = 2
 """Bytes that a 3.x frame grows by at most in 5.0: an empty Property Length, a longer Remaining Length."""
 

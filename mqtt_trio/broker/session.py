@@ -93,7 +93,7 @@ class Session:
         self.inflight: dict[int, Inflight] = {}
         """Outbound, by Packet Identifier, in the order of sending [MQTT5-4.6.0-1]."""
         self.resending: OrderedDict[int, None] = OrderedDict()
-        """Packet Identifiers of `inflight` that this connection has still to repeat, in order; nothing new goes first."""
+        """Packet Identifiers of `inflight` that this connection has still to repeat, in order, before anything new."""
         self.queue: deque[Delivery] = deque()
         self.queue_bytes = 0
         self.received: set[int] = set()

@@ -24,7 +24,8 @@ RECEIVE_SIZE: Final = 262_144
 EVENTS: Final = 512
 """Clients served in one wake; the others are ready at the next one."""
 BACKLOG_FACTOR: Final = 2
-"""A backlog beyond this many OutboxBytes, a read and the largest packet ends the client: only answers to its own packets can make it so large."""
+"""A backlog beyond this many OutboxBytes, a read and the largest packet ends the client: only answers to its own
+packets can make it so large."""
 
 
 class SocketLink(Link):

@@ -310,3 +310,181 @@ async def test_refused_messages_behind_a_hold_count(memory_broker: MemoryBroker)
     for packet_id in range(2, 1026):
         await client.send(Publish("t", b"", QoS(2), packet_id=packet_id))
     assert await client.closed() == Disconnect(ReasonCode.RECEIVE_MAXIMUM_EXCEEDED)
+
+
+@pytest.mark.parametrize("policy, kept", [("drop-new", b"012"), ("drop-oldest", b"234")])
+async def test_a_full_queue(policy: str, kept: bytes) -> None:
+    async with open_memory_broker(Limits(queue_messages=3, queue_overflow=policy)) as memory:
+        device = await memory.connect("device", session_expiry_interval=60)
+        await device.subscribe("t", qos=1)
+        await device.cut()
+        sender = await memory.connect("sender")
+        for number in range(5):
+            await sender.publish("t", b"%d" % number, qos=1)
+        assert memory.broker.metrics.dropped_queue_full == 2
+        assert memory.broker.metrics.messages_queued == 3
+        device = await memory.connect("device", clean_start=False, session_expiry_interval=60)
+        assert b"".join([(await device.next_message()).payload for _ in range(3)]) == kept
+        assert await device.nothing_waits()
+
+
+async def test_queue_bytes(memory_broker: MemoryBroker) -> None:
+    async with open_memory_broker(Limits(queue_bytes=2500, queue_overflow="drop-oldest")) as memory:
+        device = await memory.connect("device", session_expiry_interval=60)
+        await device.subscribe("t", qos=1)
+        await device.cut()
+        sender = await memory.connect("sender")
+        for payload in (b"1" * 1000, b"2" * 1000, b"3" * 1000, b"4" * 5000):
+            await sender.publish("t", payload, qos=1)
+        device = await memory.connect("device", clean_start=False, session_expiry_interval=60)
+        assert [(await device.next_message()).payload[:1] for _ in range(2)] == [b"2", b"3"]
+        assert await device.nothing_waits()
+
+
+@pytest.mark.spec("MQTT5-3.3.4-9")
+async def test_receive_maximum_of_the_client(memory_broker: MemoryBroker) -> None:
+    device, sender = await memory_broker.connect("device", receive_maximum=2), await memory_broker.connect("sender")
+    await device.subscribe("t")
+    for number in range(4):
+        await sender.publish("t", b"%d" % number, qos=1 + number % 2)
+    await sender.publish("t", b"at most once")
+    seen = [(await device.next_message(acknowledge=False)).payload for _ in range(3)]
+    assert seen == [b"0", b"1", b"at most once"]
+    await device.send(PubRec(2, ReasonCode.UNSPECIFIED_ERROR))  # frees its slot at once [MQTT5-4.3.3-4]
+    assert (await device.next_message(acknowledge=False)).payload == b"2"
+    await device.send(PubAck(1))
+    assert (await device.next_message()).payload == b"3"
+
+
+@pytest.mark.spec("MQTT5-3.1.2-24", "MQTT5-3.1.2-25")
+@pytest.mark.parametrize("qos", [0, 1])
+async def test_maximum_packet_size_of_the_receiver(qos: int) -> None:
+    async with open_memory_broker(Limits(maximum_packet_size=2048)) as memory:
+        device = await memory.connect("device", maximum_packet_size=2048)
+        await device.subscribe("t", qos=1)
+        sender = await memory.connect("sender", version=V311)
+        for size in (2042 - 2 * qos, 10) * 3:  # in 5.0 the first is a byte too large
+            await sender.publish("t", b"x" * size, qos=qos)
+            if size == 10:
+                assert len((await device.next_message()).payload) == size
+        assert await device.nothing_waits()
+        assert memory.broker.metrics.dropped_too_large == 3
+
+
+# Publish and subscribe
+
+
+@pytest.mark.spec("MQTT5-3.3.1-5", "MQTT5-3.3.1-6", "MQTT5-3.3.1-8", "MQTT3-3.3.1-10")
+@pytest.mark.parametrize("version", [V311, V5])
+async def test_retained_messages(memory_broker: MemoryBroker, version: ProtocolVersion) -> None:
+    client = await memory_broker.connect("c", version=version)
+    for payload in (b"old", b"new"):
+        await client.publish("a/b", payload, qos=1, retain=True)
+    await client.subscribe("a/+", qos=2)
+    message = await client.next_message()
+    assert (message.payload, message.retain, message.qos) == (b"new", True, 1)
+    await client.publish("a/b", b"live", qos=0, retain=True)
+    assert (await client.next_message()).retain is False  # [MQTT5-3.3.1-12]
+    await client.publish("a/b", b"", retain=True)
+    assert (await client.next_message()).payload == b""
+    await client.subscribe("a/#")
+    assert await client.nothing_waits()
+    assert len(memory_broker.broker.retained) == 0
+
+
+@pytest.mark.spec("MQTT5-3.3.1-9", "MQTT5-3.3.1-10", "MQTT5-3.3.1-11")
+async def test_retain_handling(memory_broker: MemoryBroker) -> None:
+    client = await memory_broker.connect("c")
+    await client.publish("t", b"kept", retain=True)
+    for handling, times in ((0, 2), (1, 1), (2, 0)):
+        for _ in range(2):
+            await client.subscribe("t", retain_handling=handling)
+        for _ in range(times):
+            assert (await client.next_message()).payload == b"kept"
+        assert await client.nothing_waits()
+        await client.unsubscribe("t")
+
+
+@pytest.mark.spec("MQTT5-3.3.1-13", "MQTT5-3.8.3-3")
+async def test_retain_as_published_and_no_local(memory_broker: MemoryBroker) -> None:
+    client, other = await memory_broker.connect("c"), await memory_broker.connect("other")
+    await client.subscribe("t", retain_as_published=True, no_local=True)
+    for _ in range(3):
+        await client.publish("t", b"mine")
+    await other.publish("t", b"retained", retain=True)
+    await other.publish("t", b"plain")
+    messages = [await client.next_message() for _ in range(2)]
+    assert [(m.payload, m.retain) for m in messages] == [(b"retained", True), (b"plain", False)]
+    assert await client.nothing_waits()
+
+
+@pytest.mark.spec("MQTT5-3.3.4-2", "MQTT5-3.3.4-3", "MQTT5-3.8.4-3")
+async def test_overlapping_subscriptions_and_their_identifiers(memory_broker: MemoryBroker) -> None:
+    client, sender = await memory_broker.connect("c"), await memory_broker.connect("s")
+    await client.subscribe("a/#", qos=0, subscription_identifier=1)
+    await client.subscribe("a/+", qos=1, subscription_identifier=2)
+    await client.subscribe("a/b", qos=0)
+    for _ in range(3):
+        await sender.publish("a/b", qos=2)
+        message = await client.next_message()
+        assert (message.qos, sorted(message.subscription_identifiers)) == (1, [1, 2])
+    await client.subscribe("a/+", qos=0, subscription_identifier=3)
+    await sender.publish("a/b", qos=2)
+    message = await client.next_message()
+    assert (message.qos, sorted(message.subscription_identifiers)) == (0, [1, 3])
+    assert await client.nothing_waits()
+
+
+@pytest.mark.spec("MQTT5-3.10.4-1", "MQTT5-4.7.2-1")
+async def test_unsubscribe_and_system_topics(memory_broker: MemoryBroker) -> None:
+    client = await memory_broker.connect("c")
+    await client.subscribe("#", "+/t", "$odd/t")
+    await client.publish("$odd/t", b"1")
+    assert (await client.next_message()).payload == b"1"
+    codes = await client.unsubscribe("$odd/t", "$odd/t", "#")
+    assert codes == (ReasonCode.SUCCESS, ReasonCode.NO_SUBSCRIPTION_EXISTED, ReasonCode.SUCCESS)
+    for topic_name in ("$odd/t", "a", "a/t"):
+        await client.publish(topic_name, topic_name.encode())
+    assert (await client.next_message()).payload == b"a/t"
+    assert await client.nothing_waits()
+
+
+@pytest.mark.spec("MQTT5-4.3.3-10", "MQTT5-4.3.3-11")
+@pytest.mark.parametrize("version", [V311, V5])
+async def test_qos2_is_delivered_once(memory_broker: MemoryBroker, version: ProtocolVersion) -> None:
+    client = await memory_broker.connect("c", version=version, clean_start=False, session_expiry_interval=60)
+    watcher = await memory_broker.connect("w")
+    await watcher.subscribe("t")
+    publish = Publish("t", b"once", QoS(2), packet_id=5)
+    await client.send(publish)
+    assert await client.next_packet() == PubRec(5)
+    await client.cut()
+    client = await memory_broker.connect("c", version=version, clean_start=False, session_expiry_interval=60)
+    publish.dup = True
+    await client.send(publish)
+    assert await client.next_packet() == PubRec(5)
+    unknown = ReasonCode.PACKET_IDENTIFIER_NOT_FOUND if version == V5 else ReasonCode.SUCCESS
+    for code in (ReasonCode.SUCCESS, unknown):
+        await client.send(PubRel(5))
+        assert await client.next_packet() == PubComp(5, code)
+    await client.send(Publish("t", b"again", QoS(2), packet_id=5))
+    assert [(await watcher.next_message()).payload for _ in range(2)] == [b"once", b"again"]
+
+
+@pytest.mark.spec("MQTT5-3.1.2-4", "MQTT3-3.1.2-6")
+@pytest.mark.parametrize("version", [V311, V5])
+async def test_clean_start_drops_the_old_session(memory_broker: MemoryBroker, version: ProtocolVersion) -> None:
+    device = await memory_broker.connect("device", version=version, clean_start=False, session_expiry_interval=60)
+    await device.subscribe("t")
+    sender = await memory_broker.connect("sender")
+    await sender.publish("t", b"in flight", qos=1)
+    await device.next_message(acknowledge=False)
+    await device.cut()
+    await sender.publish("t", b"queued", qos=1)
+    device = await memory_broker.connect("device", version=version)
+    await sender.publish("t", b"unheard", qos=1)
+    assert device.connack is not None
+    assert not device.connack.session_present
+    assert await device.nothing_waits()
+    metrics = memory_broker.broker.metrics
+    assert (metrics.sessions, metrics.subscriptions, metrics.dropped_session_ended) == (2, 0, 1)
