@@ -15,8 +15,8 @@ from tests.interop.paho_support import V5, PahoClient
 
 BURST: Final = 5
 PAUSE: Final = 0.02
-"""Seconds between two bursts: at most BURST / PAUSE messages/s and publisher; paho's subscribers in the same interpreter
-keep up with six such publishers."""
+"""Seconds between two bursts: at most BURST / PAUSE messages/s and publisher. Paho in the same interpreter receives
+what six such publishers send."""
 PADDING: Final = b"." * 100
 
 

@@ -52,24 +52,30 @@ TIMEOUT: Final = 5
 
 
 class Watch(threading.Thread):
-    """Notes the largest resident memory of some nodes."""
+    """Notes the largest resident memory of each of some nodes."""
 
     def __init__(self, *nodes: BrokerProcess) -> None:
         super().__init__(name="memory watch")
-        self.nodes = nodes
-        self.largest = 0.0
+        self.largest = dict.fromkeys(nodes, 0.0)
         self._end = threading.Event()
         self.start()
 
     def run(self) -> None:
         while not self._end.wait(0.25):
-            self.largest = max(self.largest, *(node.rss_mib for node in self.nodes))
+            for node, largest in self.largest.items():
+                self.largest[node] = max(largest, node.rss_mib)
 
-    def end(self) -> float:
-        """Stop; return MiB."""
+    def end(self) -> None:
+        """Stop."""
         self._end.set()
         self.join()
-        return self.largest
+
+    def check(self) -> None:
+        """Stop; no node may have had more than RSS_LIMIT."""
+        self.end()
+        for node, largest in self.largest.items():
+            print(f"{node.name}: largest resident memory {largest:.0f} MiB")
+        assert max(self.largest.values()) < RSS_LIMIT
 
 
 @attrs.define
@@ -194,9 +200,7 @@ def test_kafka_killed_under_load(
     end_marks(scene)
     wanted = scene.published()
     near, far = (all_until_marks(client, set(wanted)) for client in (scene.near, scene.far))
-    largest = watch.end()
-    print(f"largest resident memory: {largest:.0f} MiB")
-    assert largest < RSS_LIMIT
+    watch.check()
     for publisher in scene.publishers:
         publisher.close()
     for node in (scene.a, scene.b):
