@@ -42,7 +42,7 @@ from mqtt_trio.protocol.packets import (
 from mqtt_trio.protocol.topics import split_shared
 from mqtt_trio.protocol.wire import MAXIMUM_POSSIBLE_PACKET_SIZE
 
-AUDIENCES: Final = 10_000
+AUDIENCES: Final = 100_000
 """Distinct audiences that are remembered, so that topics which reach the same clients share one."""
 
 

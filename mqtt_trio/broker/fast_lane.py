@@ -294,6 +294,12 @@ def _head_qos0(length: int) -> bytes:
     return b"\x30" + _remaining_length(length)
 
 
+def first_frame(frames: bytes, pos: int) -> bytes:
+    """Return the frame of a run that begins at `pos`."""
+    body, length = _body_of(frames, pos)
+    return frames[pos : body + length]
+
+
 def split_run(frames: bytes) -> list[bytes]:
     """Cut a run into its frames."""
     found = []

@@ -32,7 +32,7 @@ class Inbound:
                 self._repeat_pubrec(link, session, packet)
                 return True
             if not self._may_take(link, session):
-                return link.session is not session  # ended: handled; paused: not
+                return session.link is not link  # ended: handled; paused: not
         if not broker.authorizer.may_publish(broker.principal(session), packet.topic_name):
             broker.metrics.dropped_not_authorized += 1
             self._refuse(session, packet.qos, packet.packet_id or 0, ReasonCode.NOT_AUTHORIZED)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from mqtt_trio.broker.broker import Broker
-from mqtt_trio.broker.fast_lane import FastLane, split_run
+from mqtt_trio.broker.fast_lane import FastLane, first_frame
 from mqtt_trio.broker.message import Message
 from mqtt_trio.broker.outbox import Outbox
 from mqtt_trio.broker.session import Session
@@ -53,7 +53,7 @@ class LocalPublisher:
         frames, pos = run.frames, 0
         while (pos := lane.handle(frames, pos, now)) < len(frames):
             # The full path takes one frame; the lane knows its topic from then on.
-            frame = split_run(frames[pos:])[0] if pos or run.count > 1 else frames
+            frame = first_frame(frames, pos)
             one = FrameRun(frame, 1, run.qos, run.protocol_version, run.client_id, run.published_at)
             message = read_run(one)[0]
             audience = broker.audience(message.topic_name, "", tapped=False)

@@ -63,10 +63,6 @@ class Metrics:
     """Messages that gateways published on this node."""
     messages_queued: int = 0
     """Gauge: QoS 1 and 2 messages that wait in the queues of sessions."""
-    messages_inflight: int = 0
-    """Gauge: QoS 1 and 2 messages sent and not yet acknowledged."""
-    messages_unmatched: int = 0
-    """Messages received that no subscription matched (they are no loss: taps saw them)."""
 
     dropped_outbox_full: int = 0
     """QoS 0 messages that a client did not get because its outbox was full."""
