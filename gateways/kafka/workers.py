@@ -103,13 +103,28 @@ def check_client_options(options: KafkaOptions) -> None:
         ("Producer", options.producer, KafkaProducer.DEFAULT_CONFIG),
         ("Consumer", options.consumer, KafkaConsumer.DEFAULT_CONFIG),
     ):
-        for name in normal_keys(table):
+        for name, value in normal_keys(table).items():
             if name in OWNED:
                 problems.append(f"Kafka.{section}.{name}: set by the gateway itself")
             elif name not in known:
                 problems.append(f"Kafka.{section}.{name}: kafka-python has no such option")
+            elif (expected := unlike(value, known[name])) is not None:
+                problems.append(f"Kafka.{section}.{name}: expected {expected}, got {value!r}")
     if problems:
         raise ConfigError(problems)
+
+
+def unlike(value: object, default: object) -> str | None:
+    """Return what `value` should have been when it is not of the kind of kafka-python's `default`, which tells no more
+    than that: the clients do not check, and fail later with a TypeError, or not at all."""
+    if isinstance(default, bool):
+        return None if isinstance(value, bool) else "true or false"
+    if isinstance(default, int | float):
+        wrong = isinstance(value, bool) or not isinstance(value, int | float)
+        return "a number" if wrong and not (default == -1 and value == "all") else None  # acks
+    if isinstance(default, str):
+        return None if isinstance(value, str) else "text"
+    return None
 
 
 def probe(servers: Sequence[str]) -> str | None:

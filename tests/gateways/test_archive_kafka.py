@@ -361,6 +361,10 @@ async def test_a_kafka_that_is_not_there_is_told_once(
     [
         ({"producer": {"linger.msec": 5}}, "Kafka.Producer.linger_msec: kafka-python has no such option"),
         ({"consumer": {"group_id": "x"}}, "Kafka.Consumer.group_id: set by the gateway itself"),
+        ({"producer": {"linger_ms": "abc"}}, "Kafka.Producer.linger_ms: expected a number, got 'abc'"),
+        ({"producer": {"linger_ms": True}}, "Kafka.Producer.linger_ms: expected a number, got True"),
+        ({"consumer": {"check_crcs": 1}}, "Kafka.Consumer.check_crcs: expected true or false, got 1"),
+        ({"consumer": {"client_rack": 7}}, "Kafka.Consumer.client_rack: expected text, got 7"),
     ],
 )
 def test_client_options_are_checked_at_the_start(table: dict[str, Any], problem: str) -> None:
@@ -370,5 +374,5 @@ def test_client_options_are_checked_at_the_start(table: dict[str, Any], problem:
 
 
 def test_client_options_under_both_spellings_are_fine() -> None:
-    gateway = build(KafkaOptions(producer={"linger.ms": 5, "batch_size": 1000}, consumer={"fetch.max.bytes": 1}))
+    gateway = build(KafkaOptions(producer={"linger.ms": 5, "acks": "all"}, consumer={"fetch.max.bytes": 1}))
     assert isinstance(gateway, KafkaGateway)
