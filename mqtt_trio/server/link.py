@@ -24,6 +24,9 @@ logger = logging.getLogger(__name__)
 
 CLOSE_GRACE: Final = 2.0
 """Seconds that an ended client may take to read its farewell."""
+PACKETS_PER_WAKE: Final = 1000
+"""Packets of one client that the full path handles before everybody else gets their turn: some milliseconds. The fast
+lane needs no such bound, what it takes from one read costs as much."""
 UNSUPPORTED_VERSION_3: Final = b"\x20\x02\x00\x01"
 """CONNACK 'unacceptable protocol version', which every version's clients can read [MQTT3-3.1.2-2]."""
 
@@ -102,7 +105,8 @@ class Link:
         if data:
             self.connection.receive_data(data)
             if not self._paused_by:
-                self._handle(now)
+                # What came in front of the end of the connection is handled before it ends.
+                self._handle(now, PACKETS_PER_WAKE if error is None and codec.closed is None else len(data) + 1)
         if codec.replies:
             self.send_raw(codec.take_replies())
         if error is not None:
@@ -110,7 +114,7 @@ class Link:
         if codec.closed is not None:
             self.end(None, "WebSocket close by the client")
 
-    def _handle(self, now: float) -> None:
+    def _handle(self, now: float, budget: int = PACKETS_PER_WAKE) -> None:
         """Handle every whole packet that is there: the fast lane as far as it goes, then one on the full path."""
         connection = self.connection
         broker = self.broker
@@ -130,6 +134,11 @@ class Link:
             self.last_packet_at = now
             if not broker.handle(self, packet, now):
                 self._stalled = packet
+                return
+            budget -= 1
+            if not budget and connection.start < len(connection.buffer) and not self.ended:
+                self.pause(self)  # everybody else first
+                self.resume_soon()
                 return
 
     def _protocol_error(self, exc: RemoteProtocolError) -> None:
@@ -276,6 +285,10 @@ class Link:
 
     def reading_changed(self) -> None:
         """`paused` or `ended` changed: read from the client, or do not."""
+        raise NotImplementedError
+
+    def resume_soon(self) -> None:
+        """Call `resume(self)` once the other clients have had their turn."""
         raise NotImplementedError
 
     async def has_input(self) -> bool:

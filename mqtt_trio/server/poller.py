@@ -168,6 +168,9 @@ class SocketLink(Link):
     def reading_changed(self) -> None:
         self.poller.watch(self)
 
+    def resume_soon(self) -> None:
+        self.poller.again.append(self)
+
     async def has_input(self) -> bool:
         """Read once more before silence is believed."""
         await trio.lowlevel.checkpoint()
@@ -196,6 +199,8 @@ class Poller:
         self.broker = broker
         self.epoll = select.epoll()
         self.links: dict[int, SocketLink] = {}
+        self.again: list[SocketLink] = []
+        """Links that have read more than they could handle in one wake."""
 
     def add(self, link: SocketLink) -> None:
         """Watch a link from now on."""
@@ -221,17 +226,23 @@ class Poller:
         fd = epoll.fileno()
         try:
             while True:
-                await wait_readable(fd)
+                if self.again:
+                    await trio.lowlevel.checkpoint()
+                else:
+                    await wait_readable(fd)
                 now = trio.current_time()
+                again, self.again = self.again, []
+                for link in again:
+                    link.resume(link)
                 for link_fd, event in epoll.poll(0, EVENTS):
                     # An earlier event of the same wake may have ended this one.
-                    link = links.get(link_fd)
-                    if link is None:
+                    ready = links.get(link_fd)
+                    if ready is None:
                         continue
                     if event == EPOLLIN:
-                        link.read(now)
+                        ready.read(now)
                     else:
-                        link.ready(event, now)
+                        ready.ready(event, now)
                 broker.flush()
         finally:
             links.clear()  # their tasks may still end them

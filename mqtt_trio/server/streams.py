@@ -16,7 +16,7 @@ RECEIVE_SIZE: Final = 65_536
 class StreamLink(Link):
     """A Link with a reader and a writer task; `serve` is the client's supervising task."""
 
-    __slots__ = ("_idle", "_resumed", "_sending", "_wake", "raw", "stream")
+    __slots__ = ("_again", "_idle", "_resumed", "_sending", "_wake", "raw", "stream")
 
     def __init__(
         self,
@@ -35,6 +35,8 @@ class StreamLink(Link):
         self._wake = trio.Event()
         self._idle = trio.Event()
         self._resumed = trio.Event()
+        self._again = False
+        """The reader is to resume the link itself."""
         self._sending = 0
         """Bytes that the writer has taken and the stream has not."""
 
@@ -56,14 +58,23 @@ class StreamLink(Link):
                 if data:
                     self._receive(bytes(data))
                 while self.paused and not self.ended:
-                    self._resumed = trio.Event()
-                    await self._resumed.wait()
+                    await self._wait_for_resume()
                 data = await self.stream.receive_some(RECEIVE_SIZE)
                 if not data:
                     self.end(None, "the client closed the network connection")
         except (trio.BrokenResourceError, trio.ClosedResourceError, OSError) as exc:
             self.end(None, f"the network connection broke: {exc}")
         self.broker.flush()
+
+    async def _wait_for_resume(self) -> None:
+        if self._again:
+            self._again = False
+            await trio.lowlevel.checkpoint()
+            self.resume(self)
+            self.broker.flush()
+        else:
+            self._resumed = trio.Event()
+            await self._resumed.wait()
 
     def _receive(self, data: bytes) -> None:
         try:
@@ -112,6 +123,10 @@ class StreamLink(Link):
     def reading_changed(self) -> None:
         if self.ended or not self.paused:
             self._resumed.set()
+
+    def resume_soon(self) -> None:
+        self._again = True
+        self._resumed.set()
 
     async def has_input(self) -> bool:
         """Let the reader run first."""

@@ -49,12 +49,12 @@ class NoLane(FastLane):
 class RecordingLink(Link):
     """A Link whose frames are collected; `room` makes it a reader that stops."""
 
-    __slots__ = ("frozen", "sent")
+    __slots__ = ("again", "frozen", "sent")
 
     def __init__(self, broker: Broker, name: str) -> None:
         super().__init__(broker, peer=name, listener="test", connect_timeout=10)
         self.sent = b""
-        self.frozen = False
+        self.frozen = self.again = False
 
     def flush(self) -> None:
         if self.frozen:
@@ -70,6 +70,9 @@ class RecordingLink(Link):
 
     def reading_changed(self) -> None:
         pass
+
+    def resume_soon(self) -> None:
+        self.again = True
 
 
 class ListTap:
@@ -118,6 +121,9 @@ class World:
 
     def feed(self, link: RecordingLink, data: bytes) -> None:
         link.receive(data, 5.0)
+        while link.again:
+            link.again = False
+            link.resume(link)
         self.broker.flush()
 
     def state(self) -> dict[str, Any]:

@@ -16,7 +16,17 @@ from mqtt_trio.broker.outbox import ClientLink
 from mqtt_trio.broker.tap import Answer, FrameRun, Hold, Refused, TapRoute, read_run
 from mqtt_trio.protocol.codes import ProtocolVersion, QoS, ReasonCode
 from mqtt_trio.protocol.encode import encode
-from mqtt_trio.protocol.packets import ConnAck, Connect, Disconnect, Packet, PingReq, PingResp, PubAck, Publish
+from mqtt_trio.protocol.packets import (
+    ConnAck,
+    Connect,
+    Disconnect,
+    MessageProperties,
+    Packet,
+    PingReq,
+    PingResp,
+    PubAck,
+    Publish,
+)
 from mqtt_trio.server.clients import Clients
 from mqtt_trio.server.listeners import Listener, ListenerOptions, open_listener
 from mqtt_trio.server.poller import Poller
@@ -267,3 +277,42 @@ async def test_a_client_that_never_reads_its_answers_is_ended() -> None:
         while served.clients.links:
             await trio.lowlevel.checkpoint()
         assert served.broker.metrics.clients_connected == 0
+
+
+async def test_a_flood_of_small_packets_leaves_the_others_their_turn() -> None:
+    async with serve(Limits(outbox_bytes=1 << 24)) as served:
+        flooder, other = await served.connect("flooder"), await served.connect("other")
+        count = 60_000
+        turns: list[int] = []
+        handle = served.broker.handle
+
+        def note(link: ClientLink, packet: Packet, now: float) -> bool:
+            if link.session is not None and link.session.client_id == "other":
+                turns.append(served.broker.metrics.packets_received)
+            return handle(link, packet, now)
+
+        served.broker.handle = note  # type: ignore[method-assign]
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(flooder.stream.send_all, encode(PingReq(), V5) * count)
+            for _ in range(20):
+                await other.send(PingReq())
+                assert await other.next_packet() == PingResp()
+            for _ in range(count):
+                assert await flooder.next_packet() == PingResp()
+        assert len(turns) == 20
+        assert turns[1] - turns[0] < 20_000, "one read of the flood would be handled in one go"
+
+
+async def test_everything_in_front_of_a_disconnect_counts_however_much() -> None:
+    async with serve() as served:
+        receiver = await served.connect("r")
+        await receiver.subscribe("t")
+        sender = await served.connect("s")
+        messages = b"".join(
+            encode(Publish("t", number.to_bytes(2, "big"), properties=MessageProperties(content_type="x")), V5)
+            for number in range(3000)
+        )
+        await sender.stream.send_all(messages + encode(Disconnect(), V5))
+        for number in range(3000):
+            assert (await receiver.next_message()).payload == number.to_bytes(2, "big")
+        assert await sender.closed() is None
