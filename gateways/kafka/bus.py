@@ -417,7 +417,8 @@ class Bus:
         events = (self._consumer.positions_known, self.nodes.joined, self._consumer.caught_up)
         for event in events:
             if not await self._progress(event):
-                log.warning("Kafka does not answer: this node starts without the bus and joins it when Kafka is back")
+                # No second warning: that Kafka is away has been said, and whoever says it names the server.
+                log.info("Kafka does not answer: this node starts without the bus and joins it when Kafka is back")
                 break
         self._started = True
         task_status.started()

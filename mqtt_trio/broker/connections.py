@@ -122,7 +122,6 @@ class Connections:
             session.expiry_interval = min(packet.session_expiry_interval or 0, limits.session_expiry_interval)
         else:
             session.expiry_interval = 0 if packet.clean_start else limits.session_expiry_interval
-        session.clean = packet.clean_start
         session.will = packet.will
         if packet.clean_start:
             session.received.clear()

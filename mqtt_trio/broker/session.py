@@ -65,7 +65,6 @@ class Session:
     __slots__ = (
         "acks",
         "audiences",
-        "clean",
         "client_id",
         "deadline",
         "expiry_interval",
@@ -104,7 +103,6 @@ class Session:
         self.acks: deque[PendingAck] = deque()
         """Acknowledgements that wait, in the order in which they must go [MQTT5-4.6.0-2]; of this connection only."""
         self.expiry_interval = 0
-        self.clean = True
         self.will: Will | None = None
         self.will_at: float | None = None
         """Monotonic instant at which the Will of the ended connection is due."""

@@ -313,6 +313,7 @@ async def test_window_in_bytes(autojump_clock: MockClock, cluster: Cluster) -> N
 async def test_node_starts_without_kafka_and_joins_later(
     autojump_clock: MockClock, cluster: Cluster, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO")
     two = await cluster.start("two")
     two.publish("kept", b"before", retain=True)
     await trio.sleep(SOON)
@@ -320,7 +321,6 @@ async def test_node_starts_without_kafka_and_joins_later(
     began = trio.current_time()
     one = await cluster.start("one")
     assert trio.current_time() - began == pytest.approx(START_TIMEOUT)
-    assert "waiting for Kafka" in one.bus.describe()[0]
     assert "waiting for Kafka" in one.bus.describe()[0]
     assert "starts without the bus" in caplog.text
     one.publish("a", b"waited", qos=1)
