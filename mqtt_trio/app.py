@@ -120,7 +120,7 @@ class Node:
             for listener in self.listeners:
                 listener.close()
             with trio.move_on_after(timeout * FAREWELL_SHARE):
-                await self.clients.shut_down()
+                await self.clients.shut_down(self.options.shutdown.server_reference)
             for group in self.groups:
                 await group.stop()
             for gateway in self.gateways.values():

@@ -8,7 +8,7 @@ from pathlib import Path as FilePath
 from typing import Any, Final
 
 import attrs
-from attrs.validators import ge, gt, in_, le
+from attrs.validators import ge, gt, in_, le, max_len, min_len, optional
 
 from mqtt_trio import config_schema as schema
 from mqtt_trio import config_status as status
@@ -87,6 +87,9 @@ class ShutdownOptions:
 
     timeout: float = attrs.field(default=10.0, validator=[gt(0), le(3600)], metadata={"unit": "seconds"})
     """Seconds from the signal to the end of the process, whatever clients, stores and gateways do."""
+    server_reference: str | None = attrs.field(default=None, validator=optional([min_len(1), max_len(1024)]))
+    """Where clients find another server meanwhile, such as "other.example:1883": 5.0 clients get DISCONNECT 0x9C with
+    it [MQTT5-4.11]. Without it, and where it does not fit a client's Maximum Packet Size, 0x8B."""
 
 
 @attrs.frozen(kw_only=True)

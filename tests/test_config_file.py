@@ -47,7 +47,7 @@ def test_the_shipped_file_with_every_line_uncommented(tmp_path: Path) -> None:
     assert [group.name for group in loaded.options.archive_groups] == ["Default", "Sensors"]
     defaults = load_config(None, {}, None, SECTIONS).options
     assert loaded.options.limits == defaults.limits
-    assert loaded.options.shutdown == defaults.shutdown
+    assert loaded.options.shutdown.timeout == defaults.shutdown.timeout
     assert loaded.options.http == defaults.http
     expected = attrs.evolve(KafkaOptions(), servers="localhost:9092")
     assert (

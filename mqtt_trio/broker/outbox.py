@@ -86,9 +86,12 @@ class ClientLink(Protocol):
     end_text: str
     """What the first `end` said."""
 
-    def end(self, reason_code: ReasonCode | None, text: str = "") -> None:
+    def end(self, reason_code: ReasonCode | None, text: str = "", server_reference: str | None = None) -> None:
         """End the connection; the first call wins, parts the session from the link at once and leaves the rest to the
         supervising task. None: close without a DISCONNECT."""
+
+    def failed(self, exc: Exception) -> None:
+        """End the connection because of our own error, which is logged."""
 
     def pause(self, owner: object) -> None:
         """Stop handling this client's bytes until `resume`."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import trio
 
 from mqtt_trio.broker.broker import Broker
-from mqtt_trio.protocol.codes import ReasonCode
+from mqtt_trio.protocol.codes import ProtocolVersion, ReasonCode
 from mqtt_trio.protocol.frames import FrameDecoder
 from mqtt_trio.server.link import Link
 from mqtt_trio.server.listeners import ListenerOptions
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from mqtt_trio.server.poller import Poller
 
 logger = logging.getLogger(__name__)
+
+REFERENCE_OVERHEAD: Final = 12
+"""Bytes of a DISCONNECT around its Server Reference, at most."""
 
 
 class Clients:
@@ -99,10 +102,18 @@ class Clients:
             reason = link.end_reason.name if link.end_reason is not None else ""
             logger.debug("connection of %s ended: %s %s", link.peer, reason, link.end_text)
 
-    async def shut_down(self) -> None:
-        """Say goodbye to everybody and wait until all are gone; bounded by the caller's cancel scope [K18]."""
+    async def shut_down(self, server_reference: str | None = None) -> None:
+        """Say goodbye to everybody and wait until all are gone; bounded by the caller's cancel scope [K18].
+
+        `server_reference` sends 5.0 clients to another server for the time being [MQTT5-4.11].
+        """
+        size = len((server_reference or "").encode()) + REFERENCE_OVERHEAD
         for link in list(self.links):
-            link.end(ReasonCode.SERVER_SHUTTING_DOWN, "the server shuts down")
+            v5 = link.connection.protocol_version == ProtocolVersion.MQTT_5_0
+            if server_reference and v5 and size <= link.outbox.maximum_packet_size:
+                link.end(ReasonCode.USE_ANOTHER_SERVER, "the server shuts down", server_reference)
+            else:
+                link.end(ReasonCode.SERVER_SHUTTING_DOWN, "the server shuts down")
         self.broker.flush()
         while self.links:
             self._gone = trio.Event()

@@ -27,6 +27,8 @@ CLOSE_GRACE: Final = 2.0
 PACKETS_PER_WAKE: Final = 1000
 """Packets of one client that the full path handles before everybody else gets their turn: some milliseconds. The fast
 lane needs no such bound, what it takes from one read costs as much."""
+EXPLAINED: Final = (ReasonCode.MALFORMED_PACKET, ReasonCode.PROTOCOL_ERROR, ReasonCode.TOPIC_ALIAS_INVALID)
+"""Reason codes whose text, which names the client's own mistake, helps it as Reason String; others say all."""
 UNSUPPORTED_VERSION_3: Final = b"\x20\x02\x00\x01"
 """CONNACK 'unacceptable protocol version', which every version's clients can read [MQTT3-3.1.2-2]."""
 
@@ -48,6 +50,7 @@ class Link:
         "lane",
         "last_packet_at",
         "listener",
+        "opened_at",
         "outbox",
         "peer",
         "session",
@@ -68,8 +71,8 @@ class Link:
         self.codec = codec
         """Takes WebSocket frames apart; None for plain connections."""
         self.connect_timeout = connect_timeout
-        self.silence_limit: float | None = connect_timeout
-        self.last_packet_at = trio.current_time()
+        self.silence_limit: float | None = None
+        self.last_packet_at = self.opened_at = trio.current_time()
         self.ended = False
         self.end_reason: ReasonCode | None = None
         self.end_text = ""
@@ -153,14 +156,15 @@ class Link:
         connection = self.connection
         if self.session is None and connection.version_known:
             if connection.protocol_version == ProtocolVersion.MQTT_5_0:
-                self.outbox.put(connection.encode(ConnAck(reason_code=code)))  # [MQTT5-3.1.4-1]
+                refusal = ConnAck(reason_code=code, reason_string=str(exc))
+                self.outbox.put(connection.encode(refusal))  # [MQTT5-3.1.4-1]
             elif code is ReasonCode.UNSUPPORTED_PROTOCOL_VERSION:
                 self.outbox.put(UNSUPPORTED_VERSION_3)
         self.end(code, str(exc))
 
     # What the broker asks for
 
-    def end(self, reason_code: ReasonCode | None, text: str = "") -> None:
+    def end(self, reason_code: ReasonCode | None, text: str = "", server_reference: str | None = None) -> None:
         """End the connection; see ClientLink. DISCONNECT is for 5.0 clients after their CONNACK [MQTT5-3.14.0-1]."""
         if self.ended:
             return
@@ -173,7 +177,9 @@ class Link:
                     and self.lane is not None
                     and self.connection.protocol_version == ProtocolVersion.MQTT_5_0
                 ):
-                    self.outbox.put(self.connection.encode(Disconnect(reason_code)))
+                    told = text if reason_code in EXPLAINED else None
+                    farewell = Disconnect(reason_code, reason_string=told, server_reference=server_reference)
+                    self.outbox.put(self.connection.encode(farewell))
             finally:
                 self.broker.connection_lost(self, trio.current_time())
         except Exception as exc:
@@ -220,7 +226,9 @@ class Link:
 
     def silence_deadline(self) -> float:
         """Monotonic instant at which the client has been silent for too long."""
-        if self.silence_limit is None or (self.session is not None and self._paused_by):
+        if self.session is None:  # whatever it says meanwhile, and however long we think about it
+            return self.opened_at + self.connect_timeout
+        if self.silence_limit is None or self._paused_by:
             return float("inf")
         return self.last_packet_at + self.silence_limit
 
@@ -254,7 +262,8 @@ class Link:
         metrics = self.broker.metrics
         if self.session is None:
             metrics.connections_timed_out += 1
-            self.end(None, f"no CONNECT within {self.connect_timeout:g} s")
+            missing = "authentication" if self.connection.version_known else "CONNECT"
+            self.end(None, f"no {missing} within {self.connect_timeout:g} s")
         else:
             metrics.keep_alive_timeouts += 1
             self.end(ReasonCode.KEEP_ALIVE_TIMEOUT, "silent for 1.5 times its Keep Alive")
