@@ -229,8 +229,11 @@ class MemoryBroker:
 
 
 @asynccontextmanager
-async def open_memory_broker(limits: Limits | None = None) -> AsyncIterator[MemoryBroker]:
-    """Run a broker in memory; leaving the block ends it with all its clients. It assigns ids `auto-1`, `auto-2`, ..."""
+async def open_memory_broker(limits: Limits | None = None, **options: Any) -> AsyncIterator[MemoryBroker]:
+    """Run a broker in memory; leaving the block ends it with all its clients. It assigns ids `auto-1`, `auto-2`, ...
+
+    `options` are those of `Broker`: `authenticator`, `authorizer`, `authentication_methods`, ...
+    """
     numbers = itertools.count(1)
     events: list[Event] = []
     broker = Broker(
@@ -238,6 +241,7 @@ async def open_memory_broker(limits: Limits | None = None) -> AsyncIterator[Memo
         random_id=lambda: f"auto-{next(numbers)}",
         wall_offset=EPOCH - trio.current_time(),
         events=events.append,
+        **options,
     )
     clients = Clients(broker)
     async with trio.open_nursery() as nursery:

@@ -5,8 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
-from mqtt_trio.broker.access import AllowAnyone, AllowEverything, Authenticator, Authorizer, Principal
+from mqtt_trio.broker.access import (
+    AllowAnyone,
+    AllowEverything,
+    AuthenticationMethod,
+    Authenticator,
+    Authorizer,
+    Principal,
+)
 from mqtt_trio.broker.audience import Audience, make_audience, merge_members
+from mqtt_trio.broker.connect import Handshakes
 from mqtt_trio.broker.connections import Connections
 from mqtt_trio.broker.delivery import Sender
 from mqtt_trio.broker.events import Event, EventSink, Subscribed, Unsubscribed
@@ -23,7 +31,6 @@ from mqtt_trio.errors import LocalProtocolError
 from mqtt_trio.protocol.codes import PacketType, ReasonCode
 from mqtt_trio.protocol.packets import (
     Auth,
-    Connect,
     Disconnect,
     Packet,
     PingReq,
@@ -50,8 +57,11 @@ class Broker:
     """One node's sessions, subscriptions and retained messages.
 
     Sans-I/O: `now` is monotonic seconds, `wall_offset` makes UTC of it, `random_id` gives Client Identifiers for
-    clients without one. Links call `handle` and `connection_lost`, a timer calls `run_deadlines` at `next_deadline`;
-    whoever called flushes behind it.
+    clients without one. `response_information` makes the Response Information of CONNACK for clients that ask for it,
+    such as a prefix for Response Topics [MQTT5-4.10]; without it nobody gets any.
+
+    Links call `handle` and `connection_lost`, a timer calls `run_deadlines` at `next_deadline`; whoever called
+    flushes behind it.
     """
 
     def __init__(
@@ -64,13 +74,18 @@ class Broker:
         events: EventSink | None = None,
         authenticator: Authenticator | None = None,
         authorizer: Authorizer | None = None,
+        authentication_methods: Iterable[AuthenticationMethod] = (),
+        response_information: Callable[[Principal], str | None] | None = None,
     ) -> None:
         self.limits = limits
         self.random_id = random_id
         self.wall_offset = wall_offset
         self.metrics = metrics or Metrics()
         self.authenticator = authenticator or AllowAnyone()
+        self.binds_sessions = authenticator is not None or bool(authentication_methods)
+        """Whether user names are more than claims: then nobody gets another user's session by its Client Identifier."""
         self.authorizer = authorizer or AllowEverything()
+        self.response_information = response_information
         self._events = events
         self.router: Router[Session] = Router()
         self.retained = RetainedMessages(limits.retained_messages)
@@ -81,8 +96,11 @@ class Broker:
         self._stalled: dict[ClientLink, None] = {}
         self._audiences: dict[tuple[object, ...], Audience] = {}
         self.sender = Sender(limits, self.metrics, wall_offset, self.emit)
+        if type(self.authorizer) is not AllowEverything:
+            self.sender.may_receive = self.may_receive
         self.inbound = Inbound(self)
         self.connections = Connections(self)
+        self.handshakes = Handshakes(self, authentication_methods)
         self._handlers: dict[type[Packet], Callable[[ClientLink, Session, Packet, float], bool]] = {
             Publish: self.inbound.publish,
             PubAck: self._puback,
@@ -93,7 +111,7 @@ class Broker:
             Unsubscribe: self._unsubscribe,
             PingReq: self._pingreq,
             Disconnect: self.connections.disconnect,
-            Auth: self._auth,
+            Auth: self.handshakes.auth,
         }
 
     # What drivers call
@@ -104,16 +122,14 @@ class Broker:
             handled = self._handlers[type(packet)](link, session, packet, now)
             self.metrics.packets_received += handled
             return handled
-        self.metrics.packets_received += 1
-        if type(packet) is Connect:
-            self.connections.connect(link, packet, now)
-        else:
-            link.end(ReasonCode.PROTOCOL_ERROR, "a packet before the CONNECT was accepted")
-        return True
+        handled = self.handshakes.handle(link, packet, now)
+        self.metrics.packets_received += handled
+        return handled
 
     def connection_lost(self, link: ClientLink, now: float) -> None:
         """The network connection is gone; acts only while it is the session's own."""
         self._stalled.pop(link, None)
+        self.handshakes.forget(link)
         self.connections.lost(link, now)
 
     def next_deadline(self) -> float | None:
@@ -213,6 +229,10 @@ class Broker:
         for audience in list(self._audiences.values()):
             audience.invalidate()
 
+    def may_receive(self, session: Session, topic_name: str) -> bool:
+        """Whether messages of a topic may reach a session."""
+        return self.authorizer.may_receive(self.principal(session), topic_name)
+
     @staticmethod
     def principal(session: Session) -> Principal:
         """Whom access rules are about."""
@@ -276,10 +296,6 @@ class Broker:
 
     def _pingreq(self, link: ClientLink, session: Session, packet: Packet, now: float) -> bool:
         self.reply(link, PingResp())  # [MQTT5-3.12.4-1]
-        return True
-
-    def _auth(self, link: ClientLink, session: Session, packet: Packet, now: float) -> bool:
-        link.end(ReasonCode.PROTOCOL_ERROR, "AUTH without an Authentication Method")  # [MQTT5-4.12.0-7]
         return True
 
     def _subscribe(self, link: ClientLink, session: Session, packet: Packet, now: float) -> bool:

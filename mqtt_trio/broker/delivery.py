@@ -31,6 +31,9 @@ class Sender:
         self.metrics = metrics
         self.wall_offset = wall_offset
         self.drop = drop
+        self.may_receive: Callable[[Session, str], bool] | None = None
+        """Asked again before a message leaves a queue or is repeated, as rights may have been revoked since it was
+        routed; None: everybody may receive everything."""
 
     def deliver(self, message: Message, audience: Audience, now: float) -> None:
         """Send one message to every member of an audience, encoded once per kind of copy."""
@@ -163,6 +166,8 @@ class Sender:
             delivery = session.queue.popleft()
             session.queue_bytes -= delivery.message.size
             self.metrics.messages_queued -= 1
+            if self._revoked(session, delivery.message, now):
+                continue
             self._send_acknowledged(session, outbox, delivery, {}, now)
 
     def resend(self, session: Session, now: float) -> None:
@@ -180,6 +185,9 @@ class Sender:
             self.metrics.packets_sent += 1
             return
         assert isinstance(entry, Delivery)
+        if self._revoked(session, entry.message, now):
+            self._withdraw(session, outbox, packet_id, entry)
+            return
         # What was sent once keeps its id until it is acknowledged, also when it is expired by now: the client may
         # hold the id of a QoS 2 message, and would take a new message under it for this one.
         frame = self._frame(entry, outbox, {}, packet_id, now, dup=True)
@@ -191,6 +199,23 @@ class Sender:
             self.metrics.messages_sent_qos1 += 1
         else:
             self.metrics.messages_sent_qos2 += 1
+
+    def _revoked(self, session: Session, message: Message, now: float) -> bool:
+        """Whether the client may not have a message any more; then it is counted as dropped."""
+        if self.may_receive is None or self.may_receive(session, message.topic_name):
+            return False
+        self._dropped("not_authorized", session, message, now)
+        return True
+
+    def _withdraw(self, session: Session, outbox: Outbox, packet_id: int, entry: Delivery) -> None:
+        """End a delivery that had begun without repeating it. A client may hold the id of a QoS 2 message and would
+        take a new message under it for this one: PUBREL makes it let go, its PUBCOMP frees the id."""
+        if entry.qos == 1:
+            del session.inflight[packet_id]
+            return
+        session.inflight[packet_id] = RELEASED
+        outbox.put(encode(PubRel(packet_id), ProtocolVersion(outbox.protocol_version)))
+        self.metrics.packets_sent += 1
 
     def from_fast(self, entry: FastDelivery, session: Session, now: float) -> Delivery:
         """Make an ordinary delivery of one that the fast lane sent."""

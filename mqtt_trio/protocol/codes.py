@@ -111,6 +111,8 @@ CONNECT_RETURN_CODES: Final[dict[ReasonCode, ConnectReturnCode]] = {
     ReasonCode.SERVER_BUSY: ConnectReturnCode.SERVER_UNAVAILABLE,
     ReasonCode.SERVER_SHUTTING_DOWN: ConnectReturnCode.SERVER_UNAVAILABLE,
     ReasonCode.QUOTA_EXCEEDED: ConnectReturnCode.SERVER_UNAVAILABLE,
+    ReasonCode.USE_ANOTHER_SERVER: ConnectReturnCode.SERVER_UNAVAILABLE,
+    ReasonCode.SERVER_MOVED: ConnectReturnCode.SERVER_UNAVAILABLE,
     ReasonCode.CONNECTION_RATE_EXCEEDED: ConnectReturnCode.SERVER_UNAVAILABLE,
     ReasonCode.BAD_USER_NAME_OR_PASSWORD: ConnectReturnCode.BAD_USER_NAME_OR_PASSWORD,
     ReasonCode.BAD_AUTHENTICATION_METHOD: ConnectReturnCode.NOT_AUTHORIZED,
@@ -171,3 +173,8 @@ REASON_CODES: Final[dict[PacketType, dict[int, ReasonCode]]] = {
     }.items()
 }
 """Which reason codes 5.0 allows on which packet, by number [MQTT5-2.4]."""
+
+SERVER_DISCONNECT_CODES: Final = frozenset(
+    REASON_CODES[PacketType.DISCONNECT][number] for number in (0x87, 0x89, 0x8B, *range(0x8C, 0x90), *range(0x9A, 0xA3))
+)
+"""Reason codes of a DISCONNECT that only a Server may send [MQTT5-3.14.2.1]."""

@@ -13,7 +13,7 @@ import attrs
 
 from mqtt_trio.errors import LocalProtocolError, MalformedPacketError, PacketTooLargeError, RemoteProtocolError
 from mqtt_trio.protocol import packets as p
-from mqtt_trio.protocol.codes import PacketType, ProtocolVersion, ReasonCode
+from mqtt_trio.protocol.codes import SERVER_DISCONNECT_CODES, PacketType, ProtocolVersion, ReasonCode
 from mqtt_trio.protocol.decode import DECODERS, decode_publish, read_protocol_version
 from mqtt_trio.protocol.encode import encode
 from mqtt_trio.protocol.wire import MAXIMUM_POSSIBLE_PACKET_SIZE, Header, read_header
@@ -286,9 +286,9 @@ class ServerConnection(_Connection):
 
     __slots__ = (
         "_accepted",
-        "_authentication_method",
         "_problem_information",
         "_session_expires_at_end",
+        "authentication_method",
         "version_known",
     )
 
@@ -299,7 +299,8 @@ class ServerConnection(_Connection):
         self.topic_alias_maximum = topic_alias_maximum
         self.version_known = False
         self._accepted = False
-        self._authentication_method: str | None = None
+        self.authentication_method: str | None = None
+        """Of the CONNECT; every AUTH and the CONNACK name the same [MQTT5-4.12.0-5]."""
         self._problem_information = True
         self._session_expires_at_end = True
 
@@ -344,6 +345,8 @@ class ServerConnection(_Connection):
                 raise RemoteProtocolError("Session Expiry Interval was 0 and cannot be raised")  # [MQTT5-3.14.2.2.2]
             if packet.server_reference is not None:
                 raise MalformedPacketError("a Client's DISCONNECT with a Server Reference")
+            if packet.reason_code in SERVER_DISCONNECT_CODES:  # [MQTT5-3.14.2.1]
+                raise RemoteProtocolError(f"a Client's DISCONNECT with {packet.reason_code.name}")
         elif isinstance(packet, p.Auth):
             self._check_auth(packet)
 
@@ -353,9 +356,9 @@ class ServerConnection(_Connection):
         super()._check_publish(packet)
 
     def _check_auth(self, packet: p.Auth) -> None:
-        if self._authentication_method is None:
+        if self.authentication_method is None:
             raise RemoteProtocolError("AUTH without an Authentication Method in CONNECT")  # [MQTT5-4.12.0-7]
-        if packet.authentication_method != self._authentication_method:
+        if packet.authentication_method != self.authentication_method:
             raise RemoteProtocolError("AUTH with another Authentication Method than CONNECT")  # [MQTT5-4.12.0-5]
         if packet.reason_code is ReasonCode.SUCCESS or (
             packet.reason_code is ReasonCode.RE_AUTHENTICATE and self.state is State.AUTHENTICATING
@@ -366,7 +369,7 @@ class ServerConnection(_Connection):
         if isinstance(packet, p.Connect):
             self._session_expires_at_end = not packet.session_expiry_interval
             self._problem_information = packet.request_problem_information != 0
-            self._authentication_method = packet.authentication_method
+            self.authentication_method = packet.authentication_method
             if packet.maximum_packet_size is not None:
                 self.peer_maximum_packet_size = packet.maximum_packet_size
             if packet.authentication_method is not None:
