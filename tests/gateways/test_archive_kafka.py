@@ -235,6 +235,7 @@ async def test_kafka_is_killed_under_load_and_nothing_is_lost(
             await trio.to_thread.run_sync(own_kafka.start)
             await harness.until(lambda: len(harness.outcomes) == count)
             await received.until(count)
+            await told(harness.cluster, lambda: not harness.cluster.is_away)  # each part says so by itself
             nursery.cancel_scope.cancel()
         assert at_the_kill < count
         assert harness.failures() == {}
