@@ -407,6 +407,8 @@ class ClientConnection(_Connection):
                 raise MalformedPacketError("a 3.x Server does not send DISCONNECT")
             if packet.session_expiry_interval is not None:
                 raise RemoteProtocolError("a Server's DISCONNECT with Session Expiry Interval")  # [MQTT5-3.14.2-2]
+            if packet.reason_code is ReasonCode.DISCONNECT_WITH_WILL_MESSAGE:  # [MQTT5-3.14.2.1]
+                raise RemoteProtocolError("a Server's DISCONNECT with Will Message")
 
     def _after(self, packet: p.Packet, new_state: State) -> State:
         if isinstance(packet, p.ConnAck):

@@ -210,7 +210,7 @@ VECTORS: list[tuple[str, ProtocolVersion, str, p.Packet]] = [
     ("pingresp-5", V5, "d0 00", p.PingResp()),
     ("disconnect-3.1.1", V311, "e0 00", p.Disconnect()),
     ("disconnect-5", V5, "e0 00", p.Disconnect()),
-    ("disconnect-5-code", V5, "e0 01 04", p.Disconnect(R.DISCONNECT_WITH_WILL_MESSAGE)),
+    ("disconnect-5-code", V5, "e0 01 97", p.Disconnect(R.QUOTA_EXCEEDED)),
     (
         "disconnect-5-full",
         V5,
