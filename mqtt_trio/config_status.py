@@ -26,7 +26,6 @@ _OUTAGE: Final = (
 _OPEN: Final = "it would promise a protection that does not exist; leave the key out"
 
 REFUSED: Final = (
-    Refusal("Listeners[].Tls", (), f"TLS listeners are not built yet: {_OPEN}"),
     Refusal("Kafka.Security.Protocol", ("PLAINTEXT",), f"only PLAINTEXT is built yet: {_OPEN}"),
     Refusal("Kafka.Security", (), f"SASL is not built yet: {_OPEN}"),
     Refusal("Kafka.SSL", (), f"TLS to Kafka is not built yet: {_OPEN}"),

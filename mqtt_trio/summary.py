@@ -71,5 +71,7 @@ def _off_lines(loaded: LoadedConfig) -> list[str]:
         lines.append('Kafka: bus between nodes, archive ([Kafka] Servers = "host:9092", [Kafka.Bus] Enabled = true)')
     elif not any(getattr(getattr(options, "bus", None), "enabled", False) for options in loaded.gateways.values()):
         lines.append("the bus between nodes ([Kafka.Bus] Enabled = true)")
-    lines.append("access control, TLS, HTTP interface, sessions on disk: not built yet")
+    if all(listener.tls is None for listener in loaded.options.listeners):
+        lines.append('TLS ([[Listeners]] Tls = { CertFile = "server.pem", KeyFile = "server.key" })')
+    lines.append("access control, HTTP interface, sessions on disk: not built yet")
     return lines

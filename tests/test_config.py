@@ -417,7 +417,6 @@ def test_secrets_of_pass_through_tables_are_hidden(load: Any) -> None:
 @pytest.mark.parametrize(
     "text,path",
     [
-        ('[[Listeners]]\nTls = { CertFile = "a", KeyFile = "b" }', "Listeners[0].Tls"),
         ('[Kafka.Security]\nProtocol = "SASL_SSL"', "Kafka.Security.Protocol"),
         ('[Kafka.Security]\nSaslPassword = "x"', "Kafka.Security"),
         ('[Kafka.SSL]\nTruststoreLocation = "x"', "Kafka.SSL"),

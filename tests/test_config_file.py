@@ -82,7 +82,6 @@ def test_lines_that_are_not_built_yet_load_or_say_so(tmp_path: Path) -> None:
                 refused.add(name)
     assert accepted == {"[[ArchiveGroups]] Ack", "[Kafka.Bus] Ack", "[Kafka.Security] Protocol"}
     assert refused == {
-        "[[Listeners]] Tls",
         "[[ArchiveGroups]] OnOutage",
         "[Persistence] Store",
         "[Persistence] Synchronous",

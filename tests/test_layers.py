@@ -50,6 +50,7 @@ IMPURE = {
 
 ONLY_IN = {
     "kafka": {"gateways/kafka/workers.py", "gateways/kafka/security.py"},
+    "ssl": {"mqtt_trio/server/tls.py", "gateways/kafka/security.py"},
     "sqlite3": {"mqtt_trio/archive/sqlite.py", "mqtt_trio/archive/sqlite_file.py", "mqtt_trio/server/sqlite_store.py"},
 }
 """Library -> the modules that may import it: its blocking calls stay in their threads."""

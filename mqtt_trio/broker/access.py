@@ -29,6 +29,8 @@ class Credentials:
     password: bytes | None = attrs.field(default=None, repr=False)
     peer: str = ""
     listener: str = ""
+    certificate_subject: str | None = None
+    """Common Name of the client's TLS certificate, which its listener's CaFile vouches for; None: it showed none."""
 
 
 @attrs.frozen

@@ -111,7 +111,9 @@ class Handshakes:
                 denied = Denied(ReasonCode.BAD_AUTHENTICATION_METHOD, "the Authentication Method is not known")
                 self._refuse(link, packet, denied, now, told=denied.reason)
                 return None
-        credentials = Credentials(client_id, packet.user_name, packet.password, link.peer, link.listener)
+        credentials = Credentials(
+            client_id, packet.user_name, packet.password, link.peer, link.listener, link.certificate_subject
+        )
         return _Exchange(credentials, packet, method)
 
     def _first_step(self, exchange: _Exchange, packet: Connect) -> Step:
@@ -242,7 +244,9 @@ class Handshakes:
             if exchange is not None or method is None:
                 link.end(ReasonCode.PROTOCOL_ERROR, "AUTH RE_AUTHENTICATE during a re-authentication")
                 return True
-            credentials = Credentials(session.client_id, session.user_name, None, link.peer, link.listener)
+            credentials = Credentials(
+                session.client_id, session.user_name, None, link.peer, link.listener, link.certificate_subject
+            )
             exchange = self._exchanges[link] = _Exchange(credentials, None, method)
             self._go_on(link, exchange, method.start(credentials, packet.authentication_data))
         elif exchange is None or exchange.challenge is None:

@@ -24,6 +24,8 @@ class Metrics:
     """Network Connections closed because no CONNECT came within the listener's ConnectTimeout."""
     accept_failures: int = 0
     """Times that a listener could not accept, for want of file descriptors or memory; it tries again."""
+    handshakes_failed: int = 0
+    """Network Connections at TLS listeners that ended before the handshake did."""
     upgrades_refused: int = 0
     """HTTP requests at WebSocket listeners that were answered with anything but 101."""
     clients_connected: int = 0

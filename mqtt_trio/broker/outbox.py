@@ -80,6 +80,8 @@ class ClientLink(Protocol):
     """Set by the broker once CONNECT was accepted."""
     peer: str
     listener: str
+    certificate_subject: str | None
+    """Common Name of the client's verified TLS certificate, where it showed one."""
     silence_limit: float | None
     """Seconds of silence after which the client is ended, None for no limit."""
     end_reason: ReasonCode | None

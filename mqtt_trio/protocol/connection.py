@@ -233,7 +233,8 @@ class _Connection:
             # 3.1 knows DUP on these packets and has no rule for the flags of the others.
             self.protocol_version is V3_1 and self.state is State.CONNECTED
         ):
-            raise MalformedPacketError(f"reserved flags of {PacketType(packet_type).name} are wrong")
+            hint = "; TLS at a port that speaks plain MQTT begins like this" if first_byte == 0x16 else ""
+            raise MalformedPacketError(f"reserved flags of {PacketType(packet_type).name} are wrong{hint}")
         if body_end - start > self.maximum_packet_size:
             text = f"a packet of {body_end - start} bytes; the maximum is {self.maximum_packet_size}"
             raise PacketTooLargeError(text)

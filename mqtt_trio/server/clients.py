@@ -1,10 +1,11 @@
-"""From an accepted stream to a supervised client: upgrade where it is WebSocket, Link, farewell, log."""
+"""From an accepted stream to a supervised client: TLS, upgrade where it is WebSocket, Link, farewell, log."""
 
 from __future__ import annotations
 
 import logging
 from typing import TYPE_CHECKING, Final
 
+import attrs
 import trio
 
 from mqtt_trio.broker.broker import Broker
@@ -13,6 +14,7 @@ from mqtt_trio.protocol.frames import FrameDecoder
 from mqtt_trio.server.link import Link
 from mqtt_trio.server.listeners import ListenerOptions
 from mqtt_trio.server.streams import StreamLink
+from mqtt_trio.server.tls import TlsFailure, TlsServer, TlsStream
 from mqtt_trio.server.websocket import upgrade
 
 if TYPE_CHECKING:
@@ -24,6 +26,25 @@ REFERENCE_OVERHEAD: Final = 12
 """Bytes of a DISCONNECT around its Server Reference, at most."""
 
 
+@attrs.define
+class _Arrival:
+    """What is known of a connection before it has its Link."""
+
+    peer: str
+    listener: str
+    options: ListenerOptions
+    at: float
+    """Monotonic instant at which it was accepted."""
+    certificate_subject: str | None = None
+    codec: FrameDecoder | None = None
+    rest: bytes = b""
+    """Bytes of MQTT (in WebSocket frames) that have been read already."""
+
+    @property
+    def deadline(self) -> float:
+        return self.at + self.options.connect_timeout
+
+
 class Clients:
     """All network clients of one broker. With a poller, plain sockets are driven by it; everything else by tasks."""
 
@@ -33,43 +54,77 @@ class Clients:
         self.links: set[Link] = set()
         self._gone = trio.Event()
 
-    async def serve(self, stream: trio.abc.Stream, options: ListenerOptions, listener: str = "memory") -> None:
-        """Serve one connection from its first byte to its last; the stream is closed in any case.
-
-        Errors of the connection end here: nothing but Cancelled leaves.
-        """
-        peer = peer_of(stream)
-        rest = b""
-        codec = None
-        try:
-            if options.type == "websocket":
-                upgraded = await upgrade(stream, options)
-                if upgraded is None:
-                    self.broker.metrics.upgrades_refused += 1
-                    await trio.aclose_forcefully(stream)
-                    return
-                rest, codec = upgraded.rest, FrameDecoder(self.broker.limits.maximum_packet_size + 1024)
-            await self._serve_link(stream, rest, codec, peer, options, listener)
-        except Exception:
-            logger.exception("client at %s ended by an error of the broker", peer)
-            self.broker.metrics.client_failures += 1
-            await trio.aclose_forcefully(stream)
-
-    async def _serve_link(
+    async def serve(
         self,
         stream: trio.abc.Stream,
-        rest: bytes,
-        codec: FrameDecoder | None,
-        peer: str,
         options: ListenerOptions,
-        listener: str,
+        listener: str = "memory",
+        tls: TlsServer | None = None,
     ) -> None:
-        timeout = options.connect_timeout
-        link: Link
+        """Serve one connection from its first byte to its last; the stream is closed in any case.
+
+        TLS handshake, WebSocket request and CONNECT share one `options.connect_timeout`. Errors of the connection end
+        here: nothing but Cancelled leaves.
+        """
+        arrival = _Arrival(peer_of(stream), listener, options, trio.current_time())
+        try:
+            if tls is not None:
+                secured = await self._secure(stream, tls, arrival)
+                if secured is None:
+                    return
+                stream = secured
+            if options.type == "websocket":
+                upgraded = await upgrade(stream, options, deadline=arrival.deadline, peer=arrival.peer)
+                if upgraded is None:
+                    self.broker.metrics.upgrades_refused += 1
+                    return
+                arrival.rest = upgraded.rest
+                arrival.codec = FrameDecoder(self.broker.limits.maximum_packet_size + 1024)
+            await self._serve_link(stream, arrival)
+        except Exception:
+            logger.exception("client at %s ended by an error of the broker", arrival.peer)
+            self.broker.metrics.client_failures += 1
+        finally:
+            await trio.aclose_forcefully(stream)
+
+    async def _secure(self, stream: trio.abc.Stream, tls: TlsServer, arrival: _Arrival) -> TlsStream | None:
+        """Shake hands; None when that failed, which is logged and counted."""
+        reason = f"no end of it within {arrival.options.connect_timeout:g} s"
+        with trio.move_on_at(arrival.deadline):
+            try:
+                secured = await tls.handshake(stream)
+            except TlsFailure as exc:
+                reason = str(exc)
+            else:
+                arrival.certificate_subject = secured.certificate_subject
+                return secured
+        self.broker.metrics.handshakes_failed += 1
+        logger.info("TLS handshake of %s at %s failed: %s", arrival.peer, arrival.listener, reason)
+        return None
+
+    async def _serve_link(self, stream: trio.abc.Stream, arrival: _Arrival) -> None:
+        link = self._make_link(stream, arrival)
+        link.opened_at = arrival.at  # what came before the CONNECT is part of its ConnectTimeout
+        link.certificate_subject = arrival.certificate_subject
+        self.links.add(link)
+        try:
+            if isinstance(link, StreamLink):
+                await link.serve(arrival.rest)
+                return
+            if arrival.rest:
+                link.receive(arrival.rest, trio.current_time())
+                self.broker.flush()
+            await link.supervise()
+        finally:
+            self._left(link)
+
+    def _make_link(self, stream: trio.abc.Stream, arrival: _Arrival) -> Link:
+        peer, listener, codec = arrival.peer, arrival.listener, arrival.codec
+        timeout = arrival.options.connect_timeout
         if self.poller is not None and isinstance(stream, trio.SocketStream):
             from mqtt_trio.server.poller import SocketLink, take_socket
 
-            link = SocketLink(
+            return SocketLink(
                 self.broker,
                 take_socket(stream),
                 self.poller,
@@ -78,21 +133,7 @@ class Clients:
                 connect_timeout=timeout,
                 codec=codec,
             )
-            self.links.add(link)
-            try:
-                if rest:
-                    link.receive(rest, trio.current_time())
-                    self.broker.flush()
-                await link.supervise()
-            finally:
-                self._left(link)
-            return
-        link = StreamLink(self.broker, stream, peer=peer, listener=listener, connect_timeout=timeout, codec=codec)
-        self.links.add(link)
-        try:
-            await link.serve(rest)
-        finally:
-            self._left(link)
+        return StreamLink(self.broker, stream, peer=peer, listener=listener, connect_timeout=timeout, codec=codec)
 
     def _left(self, link: Link) -> None:
         self.links.discard(link)

@@ -40,6 +40,7 @@ class Link:
         "_paused_by",
         "_stalled",
         "broker",
+        "certificate_subject",
         "changed",
         "codec",
         "connect_timeout",
@@ -68,6 +69,7 @@ class Link:
         self.lane: FastLane | None = None
         self.peer = peer
         self.listener = listener
+        self.certificate_subject: str | None = None
         self.codec = codec
         """Takes WebSocket frames apart; None for plain connections."""
         self.connect_timeout = connect_timeout
@@ -148,6 +150,8 @@ class Link:
         self.broker.metrics.protocol_errors += 1
         if self.ended:
             return
+        if self.session is None:
+            logger.info("client at %s refused at %s: %s", self.peer, self.listener, exc)
         code = ReasonCode(exc.reason_code)
         if isinstance(exc, WebSocketError):
             self.send_raw(close_frame(exc.close_code))

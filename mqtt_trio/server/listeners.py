@@ -1,4 +1,4 @@
-"""Listeners: their options, opening TCP ports with errors that name the mend, and accepting without ever stopping."""
+"""Listeners: their options, opening ports with errors that name the mend, and accepting without ever stopping."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from attrs.validators import ge, gt, le
 
 from mqtt_trio.broker.metrics import Metrics
 from mqtt_trio.errors import StartError
+from mqtt_trio.server.tls import TlsOptions, TlsServer
 
 logger = logging.getLogger(__name__)
 
@@ -51,27 +52,16 @@ def _check_path(_instance: object, _attribute: attrs.Attribute[Any], path: str) 
 
 
 @attrs.frozen(kw_only=True)
-class TlsOptions:
-    """Tls = {...} of a listener. Known, and not active yet: whoever starts listeners refuses it."""
-
-    cert_file: str
-    """PEM file with the certificate chain of the server."""
-    key_file: str
-    """PEM file with its private key."""
-    ca_file: str | None = None
-    """PEM file with the authorities that client certificates are checked against."""
-    require_client_cert: bool = False
-
-
-@attrs.frozen(kw_only=True)
 class ListenerOptions:
     """One [[Listeners]] table."""
 
     type: Literal["tcp", "websocket"] = "tcp"
     host: str = "127.0.0.1"
     """Address or host name to bind; 0.0.0.0 or :: for every address, "" for both of them."""
+    tls: TlsOptions | None = None
+    """None: in the clear."""
     port: int = attrs.field(validator=[ge(0), le(65_535)])
-    """0: any free one. Default: 1883, for websocket 8083."""
+    """0: any free one. Default: 1883, for websocket 8083; with TLS 8883 and 8084."""
     path: str = attrs.field(default="/mqtt", validator=_check_path)
     """Path of the WebSocket; "/" is accepted, too."""
     allowed_origins: tuple[str, ...] = attrs.field(default=(), converter=_normal_origins, validator=_check_origins)
@@ -80,15 +70,16 @@ class ListenerOptions:
     max_connections: int = attrs.field(default=100_000, validator=ge(1))
     """Network Connections of this listener at a time. Outcome: a further one is closed at once, counted."""
     connect_timeout: float = attrs.field(default=10.0, validator=[gt(0), le(3600)], metadata={"unit": "seconds"})
-    """Seconds a new Network Connection may take to send CONNECT (and, before that, its WebSocket request)."""
-    tls: TlsOptions | None = None
+    """Seconds from accepting a Network Connection to its CONNECT; TLS handshake and WebSocket request are included."""
 
     @port.default
     def _default_port(self) -> int:
+        if self.tls is not None:
+            return 8084 if self.type == "websocket" else 8883
         return 8083 if self.type == "websocket" else 1883
 
 
-Handler: TypeAlias = Callable[[trio.SocketStream, ListenerOptions, str], Awaitable[None]]
+Handler: TypeAlias = Callable[[trio.SocketStream, ListenerOptions, str, TlsServer | None], Awaitable[None]]
 """Serves one connection (`Clients.serve`); nothing but Cancelled may leave it. The third argument is the listener's
 name."""
 
@@ -96,8 +87,12 @@ name."""
 class Listener:
     """The bound sockets of one [[Listeners]] table: one, or one per address of a host name."""
 
-    def __init__(self, options: ListenerOptions, sockets: Sequence[trio.SocketListener]) -> None:
+    def __init__(
+        self, options: ListenerOptions, sockets: Sequence[trio.SocketListener], tls: TlsServer | None = None
+    ) -> None:
         self.options = options
+        self.tls = tls
+        """None: in the clear. `tls.reload()` reads its files again."""
         self.connections = 0
         """Network Connections that are being served."""
         self._sockets = tuple(sockets)
@@ -107,14 +102,16 @@ class Listener:
         """Bound addresses, each `host:port`."""
         self.port: int = sockets[0].socket.getsockname()[1]
         """The bound port, the same at every address."""
-        self.name = f"{options.type} {self.addresses[0]}"
+        self.kind = options.type if tls is None else f"{options.type}+tls"
+        self.name = f"{self.kind} {self.addresses[0]}"
         """Stands in logs, events and `ClientConnected.listener`."""
 
     def describe(self) -> str:
         """One line for the start-up summary: what is served where, and who can reach it."""
         path = self.options.path if self.options.type == "websocket" else ""
         where = ", ".join(address + path for address in self.addresses)
-        return f"{self.options.type} {where}: {reach(self._sockets[0].socket.getsockname()[0])}"
+        secured = "" if self.tls is None else f"; {self.tls.describe()}"
+        return f"{self.kind} {where}: {reach(self._sockets[0].socket.getsockname()[0])}{secured}"
 
     async def serve(self, handler: Handler, nursery: trio.Nursery, metrics: Metrics) -> None:
         """Accept until `close` or cancellation; the connections' tasks live in `nursery`, which outlasts this call."""
@@ -158,7 +155,7 @@ class Listener:
 
     async def _serve_one(self, handler: Handler, stream: trio.SocketStream) -> None:
         try:
-            await handler(stream, self.options, self.name)
+            await handler(stream, self.options, self.name, self.tls)
         finally:
             self.connections -= 1
             # The log says once that the listener is full, until a tenth of it is free again.
@@ -190,10 +187,15 @@ async def open_listener(options: ListenerOptions, path: str = "Listeners[0]") ->
       StartError: says what is wrong and how to mend it; `path` names the listener.
     """
     where = f"{path} ({options.type} on {options.host or '*'}:{options.port})"
+    tls = None
     if options.tls is not None:
-        raise StartError(f"{where}: TLS is not built yet; remove {path}.Tls to serve in the clear")
+        # What pages speak behind ALPN is HTTP; "mqtt" is the registered name of the other one.
+        protocols = ("http/1.1",) if options.type == "websocket" else ("mqtt",)
+        tls = TlsServer(options.tls, f"{path}.Tls", protocols)
+        if tls.warning is not None:
+            logger.warning("%s: %s", where, tls.warning)
     try:
-        return Listener(options, await _bind(options.host or None, options.port))
+        return Listener(options, await _bind(options.host or None, options.port), tls)
     except OSError as exc:  # socket.gaierror is one, too
         raise StartError(f"{where}: {_what_is_wrong(exc, options)}") from None
     except ValueError:  # host names that no resolver takes: UnicodeError, NUL

@@ -1,4 +1,4 @@
-"""The same Link on any trio Stream: memory streams in tests, later TLS and Unix sockets."""
+"""The same Link on any trio Stream: TLS, memory streams in tests, later Unix sockets."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import trio
 
 from mqtt_trio.broker.broker import Broker
 from mqtt_trio.protocol.frames import FrameDecoder
-from mqtt_trio.server.link import Link
+from mqtt_trio.server.link import CLOSE_GRACE, Link
 
 RECEIVE_SIZE: Final = 65_536
 
@@ -48,6 +48,9 @@ class StreamLink(Link):
                 nursery.start_soon(self._write)
                 await self.supervise()
                 nursery.cancel_scope.cancel()
+            if not self._sending:  # the client reads: it is told the end of the stream where there is one (TLS)
+                with trio.move_on_after(CLOSE_GRACE):
+                    await self.stream.aclose()
         finally:
             await trio.aclose_forcefully(self.stream)
 
@@ -94,6 +97,7 @@ class StreamLink(Link):
                 frames, outbox.frames = outbox.frames, []
                 raw, self.raw = self.raw, []
                 data = (self.wrap(b"".join(frames)) if frames else b"") + b"".join(raw)
+                del frames, raw  # a client that does not read keeps one copy alive, not two
                 self._sending = len(data)
                 await self.stream.send_all(data)
                 self.broker.metrics.bytes_sent += len(data)

@@ -42,6 +42,7 @@ REASONS: Final = {
 NOT_HTTP: Final = (
     "This port speaks MQTT over WebSocket, and what came is no HTTP request. Plain MQTT belongs on a tcp listener.\n"
 )
+TLS_CAME: Final = "This port speaks MQTT over WebSocket in the clear (http, ws), and what came is TLS (https, wss).\n"
 
 
 class UpgradeOptions(Protocol):
@@ -134,24 +135,29 @@ class _HandshakeStream(trio.abc.Stream):
         await trio.lowlevel.checkpoint()
 
 
-async def upgrade(stream: trio.abc.Stream, options: UpgradeOptions) -> Upgraded | None:
-    """Read the request and answer it, within `options.connect_timeout`.
+async def upgrade(
+    stream: trio.abc.Stream, options: UpgradeOptions, *, deadline: float | None = None, peer: str = "unknown"
+) -> Upgraded | None:
+    """Read the request and answer it, until `deadline` (monotonic seconds; without one, `options.connect_timeout` from
+    now). `peer` stands in logs.
 
     Returns:
       None when the connection is no WebSocket: it has its answer, as far as it took it, and is closed. No task is
       left behind in either case. Cancellation closes the stream.
     """
     try:
-        return await _upgrade(stream, options)
+        if deadline is None:
+            deadline = trio.current_time() + options.connect_timeout
+        return await _upgrade(stream, options, deadline, peer)
     except BaseException:
         await trio.aclose_forcefully(stream)
         raise
 
 
-async def _upgrade(stream: trio.abc.Stream, options: UpgradeOptions) -> Upgraded | None:
+async def _upgrade(stream: trio.abc.Stream, options: UpgradeOptions, deadline: float, peer: str) -> Upgraded | None:
     refusal: _Refusal | None = None
     reader = _RequestReader()
-    with trio.move_on_after(options.connect_timeout) as timeout:
+    with trio.move_on_at(deadline) as timeout:
         try:
             offer = check(await reader.read(stream), options)
             await _handshake(stream, offer)
@@ -164,6 +170,8 @@ async def _upgrade(stream: trio.abc.Stream, options: UpgradeOptions) -> Upgraded
         refusal = _Refusal(408, "The request took too long.\n", whole=False)
     if refusal is not None:
         refusal.head_only = reader.method == b"HEAD"
+        if refusal.text == TLS_CAME:
+            logger.info("client at %s refused: TLS at a port that speaks plain WebSocket", peer)
         await _answer(stream, refusal)
     await trio.aclose_forcefully(stream)
     return None
@@ -204,7 +212,7 @@ class _RequestReader:
             if not data:
                 raise _Gone
             if not self.size and not data[:1].isupper():  # h11 would wait for the end of a line that never comes
-                raise _Refusal(400, NOT_HTTP, whole=False)
+                raise _Refusal(400, TLS_CAME if data[:1] == b"\x16" else NOT_HTTP, whole=False)
             self.size += len(data)
             parser.receive_data(bytes(data))
         self.whole = True

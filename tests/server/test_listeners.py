@@ -17,14 +17,14 @@ from mqtt_trio.server.listeners import (
     ACCEPT_PAUSE,
     Listener,
     ListenerOptions,
-    TlsOptions,
     open_listener,
     open_listeners,
     reach,
 )
+from mqtt_trio.server.tls import TlsServer
 
 
-async def echo(stream: trio.SocketStream, options: ListenerOptions, name: str) -> None:
+async def echo(stream: trio.SocketStream, options: ListenerOptions, name: str, tls: TlsServer | None) -> None:
     async with stream:
         async for data in stream:
             await stream.send_all(name.encode() + b" " + data)
@@ -154,12 +154,6 @@ async def test_unknown_hosts(host: str) -> None:
         await open_listener(ListenerOptions(host=host, port=0))
 
 
-async def test_tls_is_refused_as_long_as_it_is_not_built() -> None:
-    options = ListenerOptions(tls=TlsOptions(cert_file="cert.pem", key_file="key.pem"))
-    with pytest.raises(StartError, match="TLS"):
-        await open_listener(options)
-
-
 async def test_max_connections(nursery: trio.Nursery) -> None:
     listener, metrics = await open_listener(ListenerOptions(port=0, max_connections=2)), Metrics()
     nursery.start_soon(listener.serve, echo, nursery, metrics)
@@ -218,7 +212,7 @@ async def test_running_out_of_descriptors_is_outlived(
     await bound.bind(("127.0.0.1", 0))
     served: list[str] = []
 
-    async def handler(stream: trio.SocketStream, options: ListenerOptions, name: str) -> None:
+    async def handler(stream: trio.SocketStream, options: ListenerOptions, name: str, tls: TlsServer | None) -> None:
         await trio.lowlevel.checkpoint()
         served.append(name)
 
