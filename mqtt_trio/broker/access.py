@@ -162,6 +162,13 @@ class AllowAnyone:
         return Granted(Principal(credentials.client_id, credentials.user_name))
 
 
+class MethodsOnly:
+    """Authenticator that lets nobody in: for brokers where an AuthenticationMethod is the only way."""
+
+    def authenticate(self, credentials: Credentials) -> Decision:
+        return Denied(reason="an Authentication Method is needed")
+
+
 class AllowEverything:
     """Authorizer without rules."""
 

@@ -11,6 +11,7 @@ from mqtt_trio.broker.access import (
     AuthenticationMethod,
     Authenticator,
     Authorizer,
+    MethodsOnly,
     Principal,
 )
 from mqtt_trio.broker.audience import Audience, make_audience, merge_members
@@ -58,7 +59,8 @@ class Broker:
 
     Sans-I/O: `now` is monotonic seconds, `wall_offset` makes UTC of it, `random_id` gives Client Identifiers for
     clients without one. `response_information` makes the Response Information of CONNACK for clients that ask for it,
-    such as a prefix for Response Topics [MQTT5-4.10]; without it nobody gets any.
+    such as a prefix for Response Topics [MQTT5-4.10]; without it nobody gets any. Without `authenticator`, everybody
+    may connect, or with `authentication_methods` nobody in another way.
 
     Links call `handle` and `connection_lost`, a timer calls `run_deadlines` at `next_deadline`; whoever called
     flushes behind it.
@@ -74,14 +76,14 @@ class Broker:
         events: EventSink | None = None,
         authenticator: Authenticator | None = None,
         authorizer: Authorizer | None = None,
-        authentication_methods: Iterable[AuthenticationMethod] = (),
+        authentication_methods: Sequence[AuthenticationMethod] = (),
         response_information: Callable[[Principal], str | None] | None = None,
     ) -> None:
         self.limits = limits
         self.random_id = random_id
         self.wall_offset = wall_offset
         self.metrics = metrics or Metrics()
-        self.authenticator = authenticator or AllowAnyone()
+        self.authenticator = authenticator or (MethodsOnly() if authentication_methods else AllowAnyone())
         self.binds_sessions = authenticator is not None or bool(authentication_methods)
         """Whether user names are more than claims: then nobody gets another user's session by its Client Identifier."""
         self.authorizer = authorizer or AllowEverything()
