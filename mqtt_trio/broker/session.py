@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mqtt_trio.broker.audience import Audience
 
 NEVER: Final = 0xFFFF_FFFF
-"""Session Expiry Interval that means the session does not expire [MQTT5-3.1.2-11.2]."""
+"""Session Expiry Interval that means the session does not expire [MQTT5-3.1.2.11.2]."""
 
 
 @attrs.define
@@ -90,7 +90,7 @@ class Session:
         self.outbox: Outbox | None = None
         self.subscriptions: dict[str, SubscriptionOptions] = {}
         self.inflight: dict[int, Inflight] = {}
-        """Outbound, by Packet Identifier, in the order of sending [MQTT5-4.6.0-1]."""
+        """Outbound, by Packet Identifier, in the order of sending [MQTT3-4.6.0-1]."""
         self.resending: OrderedDict[int, None] = OrderedDict()
         """Packet Identifiers of `inflight` that this connection has still to repeat, in order, before anything new."""
         self.queue: deque[Delivery] = deque()
@@ -101,7 +101,7 @@ class Session:
         self.send_maximum = 65_535
         """Outbound QoS 1 and 2 messages that may be unacknowledged: the lower of both sides' bounds."""
         self.acks: deque[PendingAck] = deque()
-        """Acknowledgements that wait, in the order in which they must go [MQTT5-4.6.0-2]; of this connection only."""
+        """Acknowledgements that wait, in the order in which they must go [MQTT3-4.6.0-2]; of this connection only."""
         self.expiry_interval = 0
         self.will: Will | None = None
         self.will_at: float | None = None
@@ -119,7 +119,7 @@ class Session:
         self.resending.clear()
 
     def take_id(self) -> int:
-        """Return a free Packet Identifier. There is one: `send_maximum` is below their number [MQTT5-2.2.1-3]."""
+        """Return a free Packet Identifier. There is one: `send_maximum` is below their number [MQTT5-2.2.1-4]."""
         packet_id = self.next_id
         while packet_id in self.inflight:
             packet_id = packet_id + 1 if packet_id < 65_535 else 1

@@ -134,7 +134,7 @@ def test_no_alias_where_none_was_announced() -> None:
     assert refused(server, client.encode(p.Publish("a", topic_alias=1))) == ReasonCode.TOPIC_ALIAS_INVALID
 
 
-@pytest.mark.spec("MQTT5-3.1.2-24", "MQTT5-3.2.2-19", "MQTT5-3.2.2-20", "MQTT5-3.4.2-2", "MQTT5-3.4.2-3")
+@pytest.mark.spec("MQTT5-3.1.2-24", "MQTT5-3.4.2-2", "MQTT5-3.4.2-3", "MQTT5-3.14.2-3")
 def test_optional_text_gives_way_to_maximum_packet_size() -> None:
     _, server = connected(p.Connect(maximum_packet_size=20))
     user = (("key", "value"),)

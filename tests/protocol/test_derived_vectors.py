@@ -61,7 +61,6 @@ def check(vectors: Iterable[Vector], *, to_server: bool) -> None:
     assert not wrong
 
 
-@pytest.mark.spec("MQTT5-2.2.2-2")
 @pytest.mark.parametrize("owner", TO_SERVER)
 def test_properties_from_a_client(owner: int | str) -> None:
     check(d.property_vectors(owner, to_server=True), to_server=True)

@@ -241,7 +241,7 @@ def test_client_refuses(version: ProtocolVersion, state: State, text: str, code:
     check(connection, unhex(text), code)
 
 
-@pytest.mark.spec("MQTT5-3.1.2-24", "MQTT5-3.2.2-15")
+@pytest.mark.spec("MQTT5-3.2.2-15")
 def test_too_large_is_known_from_the_header() -> None:
     connection = ServerConnection(maximum_packet_size=100)
     connection.receive_data(b"\x10\x0e\0\x04MQTT\x05\x02\0\0\0\0\x01c")

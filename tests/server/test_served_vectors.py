@@ -89,7 +89,7 @@ SERVED = [
 ]
 
 
-@pytest.mark.spec("MQTT5-4.13.1-1", "MQTT5-2.2.2-2")
+@pytest.mark.spec("MQTT5-4.13.1-1")
 @pytest.mark.parametrize("owner", SERVED)
 async def test_properties(memory_broker: MemoryBroker, owner: int | str) -> None:
     vectors = (*d.property_vectors(owner, to_server=True), *d.length_vectors(owner))

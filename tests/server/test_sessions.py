@@ -198,7 +198,8 @@ async def test_a_goodbye_with_an_error_publishes_the_will(memory_broker: MemoryB
 # Messages again after a reconnect
 
 
-@pytest.mark.spec("MQTT5-4.4.0-1", "MQTT5-3.3.1-1", "MQTT5-4.6.0-1")
+@pytest.mark.spec("MQTT5-4.4.0-1", "MQTT5-3.3.1-1", "MQTT5-4.3.2-3", "MQTT5-4.3.3-3")
+@pytest.mark.spec("MQTT3-4.4.0-1", "MQTT3-3.3.1-1", "MQTT3-4.6.0-1", "MQTT3-2.3.1-4")
 @pytest.mark.parametrize("qos", [1, 2])
 @pytest.mark.parametrize("before, after", [(V5, V5), (V311, V311), (V5, V311), (V311, V5)])
 async def test_unacknowledged_messages_come_again(
@@ -280,7 +281,7 @@ async def test_a_begun_delivery_does_not_expire(
     assert (message.payload, message.packet_id, message.properties.message_expiry_interval) == (b"begun", 1, 0)
 
 
-@pytest.mark.spec("MQTT5-4.3.3-4")
+@pytest.mark.spec("MQTT5-4.3.3-4", "MQTT5-4.3.3-5", "MQTT5-4.3.3-6")
 async def test_pubrel_comes_again(memory_broker: MemoryBroker) -> None:
     device = await memory_broker.connect("device", session_expiry_interval=60)
     await device.subscribe("t", qos=2)

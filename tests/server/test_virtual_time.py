@@ -90,7 +90,7 @@ async def test_server_keep_alive(autojump_clock: trio.testing.MockClock) -> None
         assert trio.current_time() - start == 90.0
 
 
-@pytest.mark.spec("MQTT5-3.1.2-8", "MQTT5-3.1.3-9")
+@pytest.mark.spec("MQTT5-3.1.2-8", "MQTT5-3.1.2-14")
 async def test_will_delay_of_an_hour(memory_broker: MemoryBroker, autojump_clock: trio.testing.MockClock) -> None:
     will = Will(topic_name="gone", payload=b"!", qos=QoS.AT_LEAST_ONCE, will_delay_interval=3600)
     device = await memory_broker.connect("device", will=will, session_expiry_interval=WEEK)
@@ -156,7 +156,7 @@ async def test_disconnect_with_will_message(
     assert (await watcher.next_message()).payload == b"on purpose"
 
 
-@pytest.mark.spec("MQTT5-3.1.2-23")
+@pytest.mark.spec("MQTT5-3.1.2-23", "MQTT5-4.1.0-2")
 async def test_session_expiry_of_a_week(memory_broker: MemoryBroker, autojump_clock: trio.testing.MockClock) -> None:
     for stay, present in ((WEEK - 1, True), (WEEK, False)):
         device = await memory_broker.connect("device", session_expiry_interval=WEEK)
