@@ -29,7 +29,7 @@ from mqtt_trio.broker.router import Router, SubscriptionOptions
 from mqtt_trio.broker.session import RELEASED, Delivery, Session
 from mqtt_trio.broker.tap import FrameRun, Hold, Refused, Tap, TapRoute
 from mqtt_trio.errors import LocalProtocolError
-from mqtt_trio.protocol.codes import PacketType, ReasonCode
+from mqtt_trio.protocol.codes import PacketType, ProtocolVersion, ReasonCode
 from mqtt_trio.protocol.packets import (
     Auth,
     Disconnect,
@@ -310,6 +310,10 @@ class Broker:
             codes.append(code)
             if code < 0x80 and (options.retain_handling == 0 or (options.retain_handling == 1 and is_new)):
                 retained.append((subscription, options))  # [MQTT5-3.3.1-9] to [MQTT5-3.3.1-11]
+        if link.connection.protocol_version is ProtocolVersion.MQTT_3_1:
+            # 3.1 has no code for a failure; it gets what it asked for confirmed, as from mosquitto, and no messages.
+            asked = [ReasonCode(subscription.qos) for subscription in packet.subscriptions]
+            codes = [qos if code >= 0x80 else code for code, qos in zip(codes, asked, strict=True)]
         self.reply(link, SubAck(packet.packet_id, tuple(codes)))
         for subscription, options in retained:
             self._send_retained(session, subscription.topic_filter, options, now)

@@ -164,7 +164,7 @@ def _check_connect_flags(flags: int, version: ProtocolVersion) -> None:
             raise MalformedPacketError("a Will with QoS 3")  # [MQTT5-3.1.2-12]
     elif flags & 0x38 and version is not V3_1:
         raise MalformedPacketError("Will QoS or Will Retain without Will")  # [MQTT5-3.1.2-11], [MQTT5-3.1.2-13]
-    if version is ProtocolVersion.MQTT_3_1_1 and flags & 0xC0 == 0x40:
+    if version is not V5 and flags & 0xC0 == 0x40:
         raise MalformedPacketError("a password without user name")  # [MQTT3-3.1.2-22]
 
 
