@@ -18,12 +18,14 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
+from mqtt_trio import __version__
 from mqtt_trio.archive.groups import ArchiveGroup, build_groups
 from mqtt_trio.archive.memory import MemoryStore
 from mqtt_trio.archive.options import ArchiveGroupOptions
 from mqtt_trio.archive.sqlite import SqliteStore, archive_path
 from mqtt_trio.archive.store import ArchiveStore
 from mqtt_trio.broker.broker import Broker
+from mqtt_trio.broker.sys_topics import SysTopics
 from mqtt_trio.config import LoadedConfig
 from mqtt_trio.errors import ConfigError, MqttTrioError, StartError
 from mqtt_trio.event_log import log_event
@@ -32,7 +34,7 @@ from mqtt_trio.host import Host
 from mqtt_trio.logs import configure as configure_logging
 from mqtt_trio.server.clients import Clients
 from mqtt_trio.server.listeners import Listener, open_listeners
-from mqtt_trio.server.timers import DeadlineTimer
+from mqtt_trio.server.timers import DeadlineTimer, SysTopicsTimer
 from mqtt_trio.summary import ArchiveSummary, Running, summary
 
 if TYPE_CHECKING:
@@ -83,6 +85,11 @@ class Node:
             if self.clients.poller is not None:
                 services.start_soon(self.clients.poller.run)
             services.start_soon(DeadlineTimer(self.broker).run)
+            if self.options.node.sys_interval:
+                sys_topics = SysTopics(
+                    self.broker, version=f"mqtt_trio version {__version__}", started_at=trio.current_time()
+                )
+                services.start_soon(SysTopicsTimer(sys_topics, self.options.node.sys_interval).run)
             self._build()
             for gateway in self.gateways.values():
                 await services.start(_run_gateway, gateway, self.host)

@@ -43,6 +43,8 @@ class NodeOptions:
 
     id: str = attrs.field(factory=socket.gethostname)
     """Name of this node; unique in a cluster."""
+    sys_interval: float = attrs.field(default=10.0, validator=[ge(0), le(86_400)], metadata={"unit": "seconds"})
+    """Seconds from one look at the `$SYS` topics to the next; 0: there are none."""
 
     @id.validator
     def _check_id(self, _attribute: attrs.Attribute[str], value: str) -> None:

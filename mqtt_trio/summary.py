@@ -73,5 +73,7 @@ def _off_lines(loaded: LoadedConfig) -> list[str]:
         lines.append("the bus between nodes ([Kafka.Bus] Enabled = true)")
     if all(listener.tls is None for listener in loaded.options.listeners):
         lines.append('TLS ([[Listeners]] Tls = { CertFile = "server.pem", KeyFile = "server.key" })')
+    if not loaded.options.node.sys_interval:
+        lines.append('$SYS topics ([Node] SysInterval = "10s")')
     lines.append("access control, HTTP interface, sessions on disk: not built yet")
     return lines

@@ -47,7 +47,7 @@ from mqtt_trio.protocol.packets import (
     UnsubAck,
     Unsubscribe,
 )
-from mqtt_trio.protocol.topics import split_shared
+from mqtt_trio.protocol.topics import is_system_topic, split_shared
 from mqtt_trio.protocol.wire import MAXIMUM_POSSIBLE_PACKET_SIZE
 
 AUDIENCES: Final = 100_000
@@ -239,6 +239,10 @@ class Broker:
     def principal(session: Session) -> Principal:
         """Whom access rules are about."""
         return Principal(session.client_id, session.user_name)
+
+    def may_publish(self, principal: Principal, topic_name: str) -> bool:
+        """Whether a client may publish there. `$SYS` is the server's own, as in mosquitto."""
+        return not is_system_topic(topic_name) and self.authorizer.may_publish(principal, topic_name)
 
     # What the fast lane calls
 

@@ -146,7 +146,7 @@ class Handshakes:
         old = connections.sessions.get(client_id)
         denied: Denied | None = None
         told: str | None = None
-        if packet.will is not None and not broker.authorizer.may_publish(principal, packet.will.topic_name):
+        if packet.will is not None and not broker.may_publish(principal, packet.will.topic_name):
             denied = Denied(ReasonCode.NOT_AUTHORIZED, told := "the Will Topic is not allowed")
         elif old is None and len(connections.sessions) >= broker.limits.sessions:
             denied = Denied(ReasonCode.QUOTA_EXCEEDED, "[Limits] Sessions is reached")
@@ -192,6 +192,7 @@ class Handshakes:
         keep_alive = packet.keep_alive if connack.server_keep_alive is None else connack.server_keep_alive
         link.silence_limit = KEEP_ALIVE_FACTOR * keep_alive if keep_alive else None
         link.deadline_changed()
+        broker.metrics.connections_accepted += 1
         broker.metrics.clients_connected += 1
         broker.emit(
             ClientConnected(

@@ -33,7 +33,7 @@ class Inbound:
                 return True
             if not self._may_take(link, session):
                 return session.link is not link  # ended: handled; paused: not
-        if not broker.authorizer.may_publish(broker.principal(session), packet.topic_name):
+        if not broker.may_publish(broker.principal(session), packet.topic_name):
             broker.metrics.dropped_not_authorized += 1
             self._refuse(session, packet.qos, packet.packet_id or 0, ReasonCode.NOT_AUTHORIZED)
             return True

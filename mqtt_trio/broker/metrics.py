@@ -16,6 +16,8 @@ class Metrics:
     """Network Connections accepted by any listener."""
     connections_closed: int = 0
     """Network Connections that are gone."""
+    connections_accepted: int = 0
+    """CONNECTs answered with success."""
     connections_refused: int = 0
     """CONNECTs answered with a refusal."""
     connections_over_limit: int = 0
@@ -40,6 +42,8 @@ class Metrics:
     """Connections that ended because another one came with the same Client Identifier."""
     subscriptions: int = 0
     """Gauge: subscriptions of all sessions."""
+    shared_subscriptions: int = 0
+    """Gauge: those of them that are shared."""
     retained_messages: int = 0
     """Gauge: retained messages."""
     wills_published: int = 0

@@ -28,6 +28,8 @@ class RetainedMessages:
 
     def __init__(self, maximum: int) -> None:
         self.maximum = maximum
+        self.size = 0
+        """Bytes of all of them, as `Message.size` counts."""
         self._messages: dict[str, Message] = {}
         self._root = _Node()
         self._expiries: list[tuple[float, str]] = []  # heap; entries of replaced messages stay until they come up
@@ -50,11 +52,15 @@ class RetainedMessages:
         if not message.payload:
             self.remove(topic_name)
             return True
-        if topic_name not in self._messages:
-            if len(self._messages) >= self.maximum:
-                return False
+        old = self._messages.get(topic_name)
+        if old is not None:
+            self.size -= old.size
+        elif len(self._messages) >= self.maximum:
+            return False
+        else:
             self._insert(topic_name)
         self._messages[topic_name] = message
+        self.size += message.size
         if (expires_at := message.expires_at) is not None:
             self._note_expiry(expires_at, topic_name)
         return True
@@ -65,8 +71,9 @@ class RetainedMessages:
 
     def remove(self, topic_name: str) -> bool:
         """Remove the retained message of one topic; returns whether there was one."""
-        if self._messages.pop(topic_name, None) is None:
+        if (removed := self._messages.pop(topic_name, None)) is None:
             return False
+        self.size -= removed.size
         levels = topic_name.split("/")
         path = [self._root]
         for level in levels:

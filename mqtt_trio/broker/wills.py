@@ -29,7 +29,7 @@ def publish_will(broker: Broker, session: Session, now: float) -> None:
     if will is None:
         return
     at = now + broker.wall_offset
-    if not broker.authorizer.may_publish(broker.principal(session), will.topic_name):
+    if not broker.may_publish(broker.principal(session), will.topic_name):
         broker.metrics.dropped_not_authorized += 1
         broker.emit(MessageDropped(at=at, reason="not_authorized", topic_name=will.topic_name))
         return

@@ -50,6 +50,11 @@ def validate_topic_filter(topic_filter: str) -> None:
         raise _bad_filter("+ is a whole level")  # [MQTT5-4.7.1-2]
 
 
+def is_system_topic(topic_name: str) -> bool:
+    """Whether a topic is the server's own: `$SYS` and what is below it [MQTT5-4.7.2-1]."""
+    return topic_name.startswith("$SYS") and topic_name[4:5] in ("", "/")
+
+
 def split_shared(topic_filter: str) -> tuple[str | None, str]:
     """Split a valid `$share/NAME/FILTER` into (NAME, FILTER); any other filter is (None, filter)."""
     if not topic_filter.startswith(SHARE_PREFIX):

@@ -1,4 +1,4 @@
-"""Wills and session expiry: one task that sleeps until the broker's next deadline. No polling."""
+"""Tasks of the clock: Wills and session expiry when they are due, `$SYS` topics every few seconds."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import logging
 import trio
 
 from mqtt_trio.broker.broker import Broker
+from mqtt_trio.broker.sys_topics import SysTopics
 
 logger = logging.getLogger(__name__)
 
 
 class DeadlineTimer:
-    """Runs the broker's deadlines."""
+    """Runs the broker's deadlines: sleeps until the next one, never polls."""
 
     def __init__(self, broker: Broker) -> None:
         self.broker = broker
@@ -36,3 +37,26 @@ class DeadlineTimer:
                 logger.exception("a Will or a session's end failed by an error of the broker")
                 self.broker.metrics.client_failures += 1
             self.broker.flush()
+
+
+class SysTopicsTimer:
+    """Publishes the `$SYS` topics."""
+
+    def __init__(self, sys_topics: SysTopics, interval: float) -> None:
+        """`interval` is seconds, more than 0."""
+        self.sys_topics = sys_topics
+        self.interval = interval
+
+    async def run(self) -> None:
+        """Publish at once, then every `interval`, until cancelled."""
+        broker = self.sys_topics.broker
+        next_at = trio.current_time()
+        while True:
+            try:
+                self.sys_topics.publish(trio.current_time())
+            except Exception:  # a figure is no reason to end the node
+                logger.exception("publishing $SYS failed by an error of the broker")
+                broker.metrics.client_failures += 1
+            broker.flush()
+            next_at = max(next_at + self.interval, trio.current_time())
+            await trio.sleep_until(next_at)
