@@ -26,6 +26,15 @@ async def test_the_example_for_tests_runs(memory_broker: MemoryBroker, autojump_
     await tests[0](memory_broker, autojump_clock)
 
 
+async def test_the_example_for_access_runs() -> None:
+    text = (ROOT / "docs" / "mqtt.md").read_text()
+    example = re.search(r"```python\n(# access\.py.*?)```", text, re.DOTALL)
+    assert example is not None
+    names: dict[str, Callable[..., Awaitable[None]]] = {}
+    exec(compile(example[1], "docs/mqtt.md", "exec"), names)
+    await names["test_alice_and_bob"]()
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_links_lead_to_files(document: Path) -> None:
     targets = re.findall(r"\]\(([^)#]+)[^)]*\)", document.read_text())
