@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.interop.broker_process import BrokerProcess
+from tests.interop.lines import LineProcess, require_tool
 from tests.interop.mosquitto import END, Received, Subscriber, publish, publish_lines
 
 pytestmark = pytest.mark.interop
@@ -154,3 +155,28 @@ def test_properties(broker: BrokerProcess, topic: str, qos: int) -> None:
     assert (content, response, correlation, utf8, payload) == ("text/plain", "reply/to", "4711", "1", "21.5")
     assert user.split() == ["k:one", "k:two"]
     assert 598 <= int(expiry) <= 600
+
+
+def test_request_and_response(broker: BrokerProcess, topic: str) -> None:
+    """mosquitto_rr asks; what answers sees its Response Topic and Correlation Data and uses both."""
+    show = ["-F", "asked %R %D %p"]
+    with Subscriber(broker.port, f"{topic}/ask", version="mqttv5", options=show) as responder:
+        command = [require_tool("mosquitto_rr"), "-h", "127.0.0.1", "-p", str(broker.port), "-V", "mqttv5", "-q", "1"]
+        command += ["-t", f"{topic}/ask", "-e", f"{topic}/answer", "-m", "ping", "-W", "20"]
+        command += ["-D", "publish", "correlation-data", "c-1", "-F", "%D %p"]
+        with LineProcess(command) as asking:
+            asked = responder.wait_for(r"^asked (\S+) (\S+) (.*)")
+            assert asked.groups() == (f"{topic}/answer", "c-1", "ping")
+            options = ["-D", "publish", "correlation-data", asked[2]]
+            publish(broker.port, asked[1], "pong", version="mqttv5", qos=1, options=options)
+            asking.wait_for(r"^c-1 pong$")
+            assert asking.wait() == 0
+
+
+def test_expiry_of_queued_and_retained(broker: BrokerProcess, topic: str) -> None:
+    """What is left of the Message Expiry Interval reaches the subscriber of a retained message."""
+    options = ["-D", "publish", "message-expiry-interval", "300", "-r"]
+    publish(broker.port, topic, "kept", version="mqttv5", qos=1, options=options)
+    with Subscriber(broker.port, topic, version="mqttv5", options=["-F", "%p expires in %E"]) as subscriber:
+        found = subscriber.wait_for(r"^kept expires in (\d+)")
+        assert 250 < int(found[1]) <= 300
