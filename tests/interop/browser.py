@@ -6,7 +6,7 @@ import json
 import queue
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -125,8 +125,9 @@ class Page:
 
 
 @contextmanager
-def open_page(profile: Path) -> Iterator[Page]:
-    """Start the server and Chromium on its page; end both afterwards. `profile`: an empty folder for the browser."""
+def open_page(profile: Path, options: Sequence[str] = ()) -> Iterator[Page]:
+    """Start the server and Chromium on its page; end both afterwards. `profile`: an empty folder for the browser;
+    `options`: more of Chromium's."""
     chromium = require_tool("chromium", "chromium-browser", "google-chrome")
     if not BUNDLE.exists():
         pytest.fail(f"{BUNDLE.relative_to(FOLDER)} is missing in tests/browser; `scripts/test` installs it")
@@ -134,7 +135,7 @@ def open_page(profile: Path) -> Iterator[Page]:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, name="page server")
         thread.start()
         address = f"http://127.0.0.1:{server.server_port}/"
-        browser = LineProcess([chromium, *OPTIONS, f"--user-data-dir={profile}", address])
+        browser = LineProcess([chromium, *OPTIONS, *options, f"--user-data-dir={profile}", address])
         try:
             yield Page(server, browser)
         finally:

@@ -51,14 +51,22 @@ def from_page(facts: dict[str, Any]) -> Heard:
 
 
 def exchange(
-    broker: BrokerProcess, page: Page, topic: str, *, version: int, path: str, up: list[Heard], down: list[Heard]
+    broker: BrokerProcess,
+    page: Page,
+    topic: str,
+    *,
+    version: int,
+    path: str,
+    up: list[Heard],
+    down: list[Heard],
+    server: str = "",
 ) -> tuple[list[Heard], list[Heard]]:
     """Let the page publish `up` and a TCP client publish `down`; return what the TCP client and what the page heard."""
     with PahoClient(broker, version=V5 if version == 5 else V311) as device:
         device.subscribe(f"{topic}/up/#")
         job = page.start(
             {
-                "url": f"ws://127.0.0.1:{broker.ws_port}{path}",
+                "url": (server or f"ws://127.0.0.1:{broker.ws_port}") + path,
                 "version": version,
                 "client_id": f"page-{topic.rpartition('/')[2]}",
                 "filter": f"{topic}/down/#",
