@@ -17,7 +17,10 @@ import pytest
 from tests.interop.lines import LineProcess, require_tool
 
 FOLDER: Final = Path(__file__).resolve().parent.parent / "browser"
-BUNDLE: Final = FOLDER / "node_modules" / "mqtt" / "dist" / "mqtt.min.js"
+BUNDLES: Final = {
+    "/mqtt.min.js": FOLDER / "node_modules" / "mqtt" / "dist" / "mqtt.min.js",
+    "/paho-mqtt-min.js": FOLDER / "node_modules" / "paho-mqtt" / "paho-mqtt-min.js",
+}
 REPORT_LIMIT: Final = 40.0
 """Seconds for one step of the page, the first of which waits for Chromium to start."""
 JOB_WAIT: Final = 1.0
@@ -68,8 +71,8 @@ class Handler(BaseHTTPRequestHandler):
                 self.answer(204, "application/json", b"")
         elif path == "/":
             self.answer(200, "text/html; charset=utf-8", (FOLDER / "page.html").read_bytes())
-        elif path == "/mqtt.min.js":
-            self.answer(200, "text/javascript; charset=utf-8", BUNDLE.read_bytes())
+        elif path in BUNDLES:
+            self.answer(200, "text/javascript; charset=utf-8", BUNDLES[path].read_bytes())
         else:
             self.answer(404, "text/plain", b"not here\n")
 
@@ -104,7 +107,7 @@ class Page:
     def start(self, job: dict[str, Any]) -> int:
         """Give the page a job; return its number."""
         self._number += 1
-        self._server.jobs.put({"id": self._number, "will": None, **job})
+        self._server.jobs.put({"id": self._number, "will": None, "library": "mqtt.js", **job})
         return self._number
 
     def wait_for(self, job: int, kind: str) -> dict[str, Any]:
@@ -129,8 +132,9 @@ def open_page(profile: Path, options: Sequence[str] = ()) -> Iterator[Page]:
     """Start the server and Chromium on its page; end both afterwards. `profile`: an empty folder for the browser;
     `options`: more of Chromium's."""
     chromium = require_tool("chromium", "chromium-browser", "google-chrome")
-    if not BUNDLE.exists():
-        pytest.fail(f"{BUNDLE.relative_to(FOLDER)} is missing in tests/browser; `scripts/test` installs it")
+    for bundle in BUNDLES.values():
+        if not bundle.exists():
+            pytest.fail(f"{bundle.relative_to(FOLDER)} is missing in tests/browser; `scripts/test` installs it")
     with Server() as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, name="page server")
         thread.start()

@@ -1,4 +1,4 @@
-"""A page with MQTT.js in a real Chromium exchanges messages with a TCP client, in both directions."""
+"""A page with MQTT.js or Paho JS in a real Chromium exchanges messages with a TCP client, in both directions."""
 
 from __future__ import annotations
 
@@ -60,6 +60,7 @@ def exchange(
     up: list[Heard],
     down: list[Heard],
     server: str = "",
+    library: str = "mqtt.js",
 ) -> tuple[list[Heard], list[Heard]]:
     """Let the page publish `up` and a TCP client publish `down`; return what the TCP client and what the page heard."""
     with PahoClient(broker, version=V5 if version == 5 else V311) as device:
@@ -68,6 +69,7 @@ def exchange(
             {
                 "url": (server or f"ws://127.0.0.1:{broker.ws_port}") + path,
                 "version": version,
+                "library": library,
                 "client_id": f"page-{topic.rpartition('/')[2]}",
                 "filter": f"{topic}/down/#",
                 "messages": [for_page(message) for message in up],
@@ -94,6 +96,15 @@ def test_both_directions(broker: BrokerProcess, page: Page, topic: str, version:
     up = [Heard(f"{topic}/up/{number}", payload, qos) for number, payload in enumerate(PAYLOADS)]
     down = [Heard(f"{topic}/down/{number}", payload, qos) for number, payload in enumerate(PAYLOADS)]
     assert exchange(broker, page, topic, version=version, path=path, up=up, down=down) == (up, down)
+
+
+@paths
+@pytest.mark.parametrize("qos", [0, 1, 2])
+def test_paho_js(broker: BrokerProcess, page: Page, topic: str, path: str, qos: int) -> None:
+    up = [Heard(f"{topic}/up/{number}", payload, qos) for number, payload in enumerate(PAYLOADS)]
+    down = [Heard(f"{topic}/down/{number}", payload, qos) for number, payload in enumerate(PAYLOADS)]
+    heard = exchange(broker, page, topic, version=4, path=path, up=up, down=down, library="paho")
+    assert heard == (up, down)
 
 
 @paths

@@ -63,6 +63,15 @@ def test_both_directions(secure: Secure, page: Page, topic: str, version: int, q
     assert heard == (up, down)
 
 
+@pytest.mark.parametrize("qos", [0, 1, 2])
+def test_paho_js(secure: Secure, page: Page, topic: str, qos: int) -> None:
+    up = [Heard(f"{topic}/up/{number}", payload, qos) for number, payload in enumerate(PAYLOADS)]
+    heard = exchange(
+        secure.broker, page, topic, version=4, path="/mqtt", up=up, down=[], server=secure.server, library="paho"
+    )
+    assert heard == (up, [])
+
+
 def test_a_certificate_that_nobody_vouches_for_is_refused(secure: Secure, tmp_path: Path, topic: str) -> None:
     """The browser decides, and the broker goes on."""
     job = {"url": f"{secure.server}/mqtt", "version": 5, "client_id": "distrustful", "filter": topic}
