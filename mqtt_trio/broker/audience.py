@@ -40,7 +40,7 @@ class Audience:
     slices: tuple[tuple[Outbox, ...], tuple[Outbox, ...]] = ((), ())
     """Outboxes that may share QoS 0 slices: of 3.x clients, of 5.0 clients."""
     singly: tuple[Member, ...] = ()
-    """Online members whose copies differ (Subscription Identifier, a low Maximum Packet Size)."""
+    """Online members whose copies differ (Subscription Identifier, Topic Alias, a low Maximum Packet Size)."""
     acknowledged: tuple[Session, ...] = ()
     """Online sessions with a subscription at QoS 1 or 2."""
     at_most_once: tuple[Outbox, ...] = ()
@@ -72,7 +72,11 @@ def make_audience(members: Iterable[Member], taps: tuple[TapRoute, ...], maximum
         outbox = session.outbox
         if outbox is None:
             offline = True
-        elif member.subscription_identifiers or outbox.maximum_packet_size < maximum_packet_size + TRANSLATION:
+        elif (
+            member.subscription_identifiers
+            or outbox.aliases is not None
+            or outbox.maximum_packet_size < maximum_packet_size + TRANSLATION
+        ):
             singly.append(member)
         else:
             slices[outbox.protocol_version == 5].append(outbox)

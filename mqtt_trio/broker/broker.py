@@ -329,6 +329,8 @@ class Broker:
         is_new = topic_filter not in session.subscriptions
         if split_shared(topic_filter)[0] is not None:
             return ReasonCode.SHARED_SUBSCRIPTIONS_NOT_SUPPORTED, False
+        if split_shared(topic_filter)[1].count("/") >= self.limits.topic_levels:
+            return ReasonCode.TOPIC_FILTER_INVALID, False
         if is_new and len(session.subscriptions) >= self.limits.subscriptions_per_client:
             return ReasonCode.QUOTA_EXCEEDED, False
         if not self.authorizer.may_subscribe(self.principal(session), topic_filter):

@@ -148,6 +148,8 @@ class Handshakes:
         told: str | None = None
         if packet.will is not None and not broker.may_publish(principal, packet.will.topic_name):
             denied = Denied(ReasonCode.NOT_AUTHORIZED, told := "the Will Topic is not allowed")
+        elif packet.will is not None and packet.will.topic_name.count("/") >= broker.limits.topic_levels:
+            denied = Denied(ReasonCode.TOPIC_NAME_INVALID, told := "the Will Topic has too many levels")
         elif old is None and len(connections.sessions) >= broker.limits.sessions:
             denied = Denied(ReasonCode.QUOTA_EXCEEDED, "[Limits] Sessions is reached")
         elif old is not None and broker.binds_sessions and old.user_name != principal.user_name:

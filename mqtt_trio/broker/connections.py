@@ -6,6 +6,7 @@ import heapq
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from mqtt_trio.broker.aliases import OutboundAliases
 from mqtt_trio.broker.events import ClientDisconnected, SessionExpired, SessionTakenOver
 from mqtt_trio.broker.fast_lane import FastLane
 from mqtt_trio.broker.outbox import ClientLink
@@ -74,6 +75,8 @@ class Connections:
         outbox.protocol_version = int(packet.protocol_version)
         if packet.maximum_packet_size is not None:
             outbox.maximum_packet_size = packet.maximum_packet_size
+        if aliases := min(packet.topic_alias_maximum or 0, limits.topic_alias_maximum):  # [MQTT5-3.1.2-27]
+            outbox.aliases = OutboundAliases(aliases)
         session.forget_routes()
         session.link, session.outbox = link, outbox
         session.deadline = session.will_at = None

@@ -19,8 +19,8 @@ from mqtt_trio.protocol.encode import EncodedPublish, encode
 from mqtt_trio.protocol.packets import PubRel
 
 Drop: TypeAlias = Callable[[MessageDropped], None]
-Encodings: TypeAlias = dict[tuple[int, int, bool, tuple[int, ...]], EncodedPublish]
-"""Encodings of one message by (version, QoS, RETAIN, Subscription Identifiers)."""
+Encodings: TypeAlias = dict[tuple[int, int, bool, tuple[int, ...], tuple[int, bool]], EncodedPublish]
+"""Encodings of one message by (version, QoS, RETAIN, Subscription Identifiers, (Topic Alias, whether it is known))."""
 
 
 class Sender:
@@ -63,6 +63,8 @@ class Sender:
                 return
             if outbox.offer(frame):
                 self.metrics.messages_sent_qos0 += 1
+                if outbox.aliases is not None:
+                    outbox.aliases.sent()
             else:
                 self._dropped("outbox_full", session, delivery.message, now)
             return
@@ -88,7 +90,7 @@ class Sender:
         if frame is None:
             return
         session.inflight[packet_id] = delivery
-        outbox.put(frame)
+        self._put(outbox, frame)
         if delivery.qos == 1:
             self.metrics.messages_sent_qos1 += 1
         else:
@@ -97,10 +99,37 @@ class Sender:
     def _frame(
         self, delivery: Delivery, outbox: Outbox, encodings: Encodings, packet_id: int, now: float, dup: bool = False
     ) -> bytes | None:
-        """Encode one copy, or None when this receiver must not get it (expired, too large)."""
+        """Encode one copy, or None when this receiver must not get it (expired, too large).
+
+        Whoever puts the frame into an outbox with aliases tells them so with `sent`.
+        """
+        alias, known = 0, False
+        if outbox.aliases is not None:
+            alias, known = outbox.aliases.propose(delivery.message.topic_name)
+        encoded = self._encoded(delivery, outbox, encodings, (alias, known), now, dup)
+        if encoded is not None and encoded.size > outbox.maximum_packet_size and outbox.aliases is not None and alias:
+            outbox.aliases.withdraw()  # an alias may take more than it saves
+            encoded = self._encoded(delivery, outbox, encodings, (0, False), now, dup)
+        if encoded is None:
+            return None
+        if encoded.size > outbox.maximum_packet_size:  # [MQTT5-3.1.2-24], [MQTT5-3.1.2-25]
+            self._dropped("too_large", outbox.session, delivery.message, now)
+            return None
+        return encoded.frame(packet_id, dup=dup)
+
+    def _encoded(
+        self,
+        delivery: Delivery,
+        outbox: Outbox,
+        encodings: Encodings,
+        alias: tuple[int, bool],
+        now: float,
+        dup: bool,
+    ) -> EncodedPublish | None:
+        """Find or make the encoding of one copy; None when it has expired."""
         message = delivery.message
         version = outbox.protocol_version
-        key = (version, delivery.qos, delivery.retain, delivery.subscription_identifiers)
+        key = (version, delivery.qos, delivery.retain, delivery.subscription_identifiers, alias)
         encoded = encodings.get(key)
         if encoded is None:
             interval = message.properties.message_expiry_interval
@@ -112,7 +141,7 @@ class Sender:
                     self._dropped("expired", outbox.session, message, now)
                     return None
             encoded = encodings[key] = EncodedPublish(
-                message.topic_name,
+                "" if alias[1] else message.topic_name,
                 message.payload,
                 message.properties,
                 version=ProtocolVersion(version),
@@ -120,12 +149,15 @@ class Sender:
                 retain=delivery.retain,
                 subscription_identifiers=delivery.subscription_identifiers,
                 message_expiry_interval=interval,
+                topic_alias=alias[0] or None,
             )
-        frame = encoded.frame(packet_id, dup=dup)
-        if len(frame) > outbox.maximum_packet_size:  # [MQTT5-3.1.2-25]
-            self._dropped("too_large", outbox.session, message, now)
-            return None
-        return frame
+        return encoded
+
+    @staticmethod
+    def _put(outbox: Outbox, frame: bytes) -> None:
+        outbox.put(frame)
+        if outbox.aliases is not None:
+            outbox.aliases.sent()
 
     def _enqueue(self, session: Session, delivery: Delivery, now: float) -> None:
         """Queue for later, within [Limits] QueueMessages and QueueBytes."""
@@ -192,9 +224,9 @@ class Sender:
         # hold the id of a QoS 2 message, and would take a new message under it for this one.
         frame = self._frame(entry, outbox, {}, packet_id, now, dup=True)
         if frame is None:
-            del session.inflight[packet_id]
+            self._withdraw(session, outbox, packet_id, entry)
             return
-        outbox.put(frame)
+        self._put(outbox, frame)
         if entry.qos == 1:
             self.metrics.messages_sent_qos1 += 1
         else:

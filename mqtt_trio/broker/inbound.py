@@ -33,6 +33,9 @@ class Inbound:
                 return True
             if not self._may_take(link, session):
                 return session.link is not link  # ended: handled; paused: not
+        if packet.topic_name.count("/") >= broker.limits.topic_levels:
+            self._refuse_topic(link, session, packet)
+            return True
         if not broker.may_publish(broker.principal(session), packet.topic_name):
             broker.metrics.dropped_not_authorized += 1
             self._refuse(session, packet.qos, packet.packet_id or 0, ReasonCode.NOT_AUTHORIZED)
@@ -165,6 +168,14 @@ class Inbound:
             else:
                 link.outbox.put(frame)
                 self.broker.metrics.packets_sent += 1
+
+    def _refuse_topic(self, link: ClientLink, session: Session, packet: Publish) -> None:
+        """A Topic Name is not malformed, but not accepted here: that alone is worth telling at QoS 0 as well."""
+        text = f"a Topic Name of more than {self.broker.limits.topic_levels} levels"
+        if packet.qos and link.connection.protocol_version == ProtocolVersion.MQTT_5_0:
+            self._refuse(session, packet.qos, packet.packet_id or 0, ReasonCode.TOPIC_NAME_INVALID)
+        else:
+            link.end(ReasonCode.TOPIC_NAME_INVALID, text)
 
     def _repeat_pubrec(self, link: ClientLink, session: Session, packet: Publish) -> None:
         """A QoS 2 message came again: the same answer, no second delivery [MQTT5-4.3.3-10]."""

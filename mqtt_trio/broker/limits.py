@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import attrs
 from attrs.validators import ge, in_, le
+
+from mqtt_trio.errors import ConfigError
+
+FRAME_OVERHEAD: Final = 1024
+"""Bytes by which a message may grow on its way through the broker: Subscription Identifiers, another version."""
 
 
 @attrs.frozen(kw_only=True)
@@ -25,6 +32,13 @@ class Limits:
     outbox_bytes: int = attrs.field(default=8 * 1024 * 1024, validator=ge(65_536))
     """Bytes of frames on their way to one connected client that its socket has not taken yet. Outcome: QoS 0 messages
     are dropped for this client, QoS 1 and 2 messages wait in its queue."""
+    topic_alias_maximum: int = attrs.field(default=16, validator=[ge(0), le(65_535)])
+    """Topic Aliases of one 5.0 connection in each direction; towards a client its own Topic Alias Maximum may be lower.
+    Outcome: DISCONNECT 0x94 for a client that uses a higher one; further topics go to it without alias."""
+    topic_levels: int = attrs.field(default=128, validator=[ge(1), le(65_536)])
+    """Levels of a Topic Name or Topic Filter (one more than it has slashes; without `$share/NAME/`). Outcome: SUBACK
+    0x8F (3.1.1: 0x80); PUBACK or PUBREC 0x90, a QoS 0 message DISCONNECT 0x90, a Will CONNACK 0x90; a 3.x publisher is
+    disconnected."""
     retained_messages: int = attrs.field(default=1_000_000, validator=ge(0))
     """Retained messages of the node. Outcome: a new retained message is delivered, not retained."""
     subscriptions_per_client: int = attrs.field(default=10_000, validator=ge(1))
@@ -36,3 +50,14 @@ class Limits:
     Alive, 3.x clients keep theirs. 0: whatever clients ask for."""
     sessions: int = attrs.field(default=1_000_000, validator=ge(1))
     """Sessions of the node, connected or not. Outcome: CONNACK 0x97 (3.x: 3, server unavailable)."""
+
+    @outbox_bytes.validator
+    def _check_outbox(self, attribute: attrs.Attribute[int], value: int) -> None:
+        """A QoS 0 message larger than an empty outbox would never leave."""
+        if value < self.maximum_packet_size + FRAME_OVERHEAD:
+            raise ConfigError(
+                [
+                    f"OutboxBytes: {value} bytes have no room for a packet of MaximumPacketSize, "
+                    f"{self.maximum_packet_size}; at least {self.maximum_packet_size + FRAME_OVERHEAD} are needed"
+                ]
+            )

@@ -9,6 +9,7 @@ from mqtt_trio.protocol.codes import ReasonCode
 from mqtt_trio.protocol.connection import ServerConnection
 
 if TYPE_CHECKING:
+    from mqtt_trio.broker.aliases import OutboundAliases
     from mqtt_trio.broker.fast_lane import FastLane
     from mqtt_trio.broker.session import Session
 
@@ -26,6 +27,7 @@ class Outbox:
     """
 
     __slots__ = (
+        "aliases",
         "flush",
         "frames",
         "limit",
@@ -49,6 +51,8 @@ class Outbox:
         self.protocol_version = 4
         self.maximum_packet_size = 0xFFFF_FFFF
         """Bytes of the largest packet that the client accepts [MQTT5-3.1.2-24]."""
+        self.aliases: OutboundAliases | None = None
+        """Of a 5.0 client that takes Topic Aliases."""
         self.starved = False
         """A message waits in the session's queue because there was no room: the flusher pumps when there is."""
 

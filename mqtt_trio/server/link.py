@@ -62,7 +62,10 @@ class Link:
         self, broker: Broker, *, peer: str, listener: str, connect_timeout: float, codec: FrameDecoder | None = None
     ) -> None:
         self.broker = broker
-        self.connection = ServerConnection(maximum_packet_size=broker.limits.maximum_packet_size)
+        limits = broker.limits
+        self.connection = ServerConnection(
+            maximum_packet_size=limits.maximum_packet_size, topic_alias_maximum=limits.topic_alias_maximum
+        )
         self.outbox = broker.outbox()
         self.outbox.flush = self.flush
         self.session: Session | None = None

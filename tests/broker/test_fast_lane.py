@@ -196,7 +196,7 @@ def script(seed: int) -> tuple[dict[str, Any], list[tuple[int, bytes]]]:
             receive_maximum=rng.choice((3, 1024)),
             inflight_messages=rng.choice((2, 10, 1024)),
             queue_messages=rng.choice((0, 5, 1000)),
-            maximum_packet_size=rng.choice((1024, 100_000)),
+            maximum_packet_size=rng.choice((1024, 60_000)),
         ),
         "tapped": rng.random() < 0.4,
     }

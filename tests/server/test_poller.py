@@ -119,7 +119,7 @@ async def test_messages_pass(version: ProtocolVersion, qos: int) -> None:
 
 
 async def test_a_frozen_reader_delays_nobody_and_loses_only_its_own() -> None:
-    async with serve(Limits(outbox_bytes=65_536)) as served:
+    async with serve(Limits(outbox_bytes=65_536, maximum_packet_size=32_768)) as served:
         frozen, healthy, sender = [await served.connect(name) for name in ("frozen", "healthy", "sender")]
         await frozen.subscribe("t", qos=0)
         await healthy.subscribe("t", qos=0)
@@ -141,7 +141,7 @@ async def test_a_frozen_reader_delays_nobody_and_loses_only_its_own() -> None:
 
 
 async def test_qos1_waits_for_a_slow_reader() -> None:
-    async with serve(Limits(outbox_bytes=65_536, inflight_messages=1000)) as served:
+    async with serve(Limits(outbox_bytes=65_536, maximum_packet_size=32_768, inflight_messages=1000)) as served:
         slow, sender = await served.connect("slow"), await served.connect("sender")
         await slow.subscribe("t", qos=1)
         for number in range(900):
@@ -264,7 +264,7 @@ async def test_stopped_publishers_go_on_in_order() -> None:
 
 
 async def test_a_client_that_never_reads_its_answers_is_ended() -> None:
-    async with serve(Limits(outbox_bytes=65_536)) as served:
+    async with serve(Limits(outbox_bytes=65_536, maximum_packet_size=32_768)) as served:
         client = await served.connect("c")
         pings = encode(PingReq(), V5) * 10_000
 

@@ -246,7 +246,7 @@ async def test_repeats_keep_to_the_receive_maximum_of_the_new_connection(memory_
 
 
 async def test_a_large_window_can_be_repeated(autojump_clock: trio.testing.MockClock) -> None:
-    async with open_memory_broker(Limits(outbox_bytes=65_536)) as memory:
+    async with open_memory_broker(Limits(outbox_bytes=128_000, maximum_packet_size=120_000)) as memory:
         device = await memory.connect("device", session_expiry_interval=60)
         await device.subscribe("t", qos=1)
         sender = await memory.connect("sender")
@@ -258,12 +258,13 @@ async def test_a_large_window_can_be_repeated(autojump_clock: trio.testing.MockC
         assert [(await device.next_message()).packet_id for _ in range(60)] == list(range(1, 61))
 
 
-async def test_a_message_larger_than_the_outbox_is_delivered(autojump_clock: trio.testing.MockClock) -> None:
-    async with open_memory_broker(Limits(outbox_bytes=65_536)) as memory:
+async def test_messages_of_the_largest_size_are_delivered(autojump_clock: trio.testing.MockClock) -> None:
+    async with open_memory_broker(Limits(outbox_bytes=128_000, maximum_packet_size=120_000)) as memory:
         device, sender = await memory.connect("device"), await memory.connect("sender")
         await device.subscribe("t", qos=1)
-        await sender.publish("t", b"x" * 500_000, qos=1)
-        assert len((await device.next_message()).payload) == 500_000
+        for qos in (0, 1, 1, 1):
+            await sender.publish("t", b"x" * 119_990, qos=qos)
+        assert [len((await device.next_message()).payload) for _ in range(4)] == [119_990] * 4
 
 
 async def test_a_begun_delivery_does_not_expire(

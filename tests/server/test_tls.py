@@ -279,7 +279,7 @@ async def test_200_connections_that_never_shake_hands(
 
 
 async def test_a_reader_that_stops_is_bounded_and_alone(certificates: Certificates, options: ListenerOptions) -> None:
-    limits = Limits(outbox_bytes=1024 * 1024)
+    limits = Limits(outbox_bytes=1024 * 1024, maximum_packet_size=65_536)
     payload = bytes(60_000)
     async with serve(options, ListenerOptions(port=0), limits=limits) as served:
         frozen = await served.connect(await served.open_tls(certificates.client_context()), "frozen")
