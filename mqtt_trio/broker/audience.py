@@ -25,6 +25,18 @@ class Member:
     subscription_identifiers: tuple[int, ...]
 
 
+@attrs.frozen(eq=False)
+class Fan:
+    """How a publish at QoS 1 or 2 of one MQTT version goes to an audience on its bytes."""
+
+    same: tuple[Session, ...]
+    """They get the frame as it is but for its Packet Identifier: same version, full QoS."""
+    rest: tuple[tuple[bool, int, tuple[Session, ...]], ...]
+    """They get it written anew: (whether in 5.0, at which QoS, who)."""
+    apart: tuple[Member, ...]
+    """They get it one by one: offline, or their copies differ."""
+
+
 @attrs.define(eq=False)
 class Audience:
     """One distinct set of subscribers and taps. Topics that reach the same set share it, so their runs merge.
@@ -41,13 +53,27 @@ class Audience:
     """Outboxes that may share QoS 0 slices: of 3.x clients, of 5.0 clients."""
     singly: tuple[Member, ...] = ()
     """Online members whose copies differ (Subscription Identifier, Topic Alias, a low Maximum Packet Size)."""
-    acknowledged: tuple[Session, ...] = ()
-    """Online sessions with a subscription at QoS 1 or 2."""
-    at_most_once: tuple[Outbox, ...] = ()
-    """Outboxes of online sessions with a subscription at QoS 0."""
-    uniform: tuple[bool, bool] = (False, False)
-    """Whether a QoS 1 publish of a 3.x, of a 5.0 client may be delivered on its bytes: no member is offline, singly
-    or of the other version."""
+    fans: list[Fan | None] = attrs.Factory(lambda: [None] * 4)
+    """How publishes at QoS 1 and 2 are delivered: of 3.x and 5.0 clients at QoS 1, then at QoS 2. `fan` makes one when
+    it is first needed."""
+
+    def fan(self, kind: int) -> Fan:
+        """Make `fans[kind]`."""
+        qos, v5 = kind // 2 + 1, kind % 2 == 1
+        copies: dict[tuple[bool, int], list[Session]] = {}
+        apart = []
+        shares = {*self.slices[0], *self.slices[1]}
+        for member in self.members:
+            outbox = member.session.outbox
+            if outbox is None or outbox not in shares:
+                if outbox is not None or member.qos:  # nobody is owed a QoS 0 message while its client is away
+                    apart.append(member)
+                continue
+            copies.setdefault((outbox.protocol_version == 5, min(qos, member.qos)), []).append(member.session)
+        same = copies.pop((v5, qos), [])
+        rest = tuple((*kind, tuple(sessions)) for kind, sessions in copies.items())
+        fan = self.fans[kind] = Fan(tuple(same), rest, tuple(apart))
+        return fan
 
     def invalidate(self) -> None:
         """Have nobody use or keep this any more: it names outboxes that are gone, and sessions that may be."""
@@ -63,16 +89,13 @@ def make_audience(members: Iterable[Member], taps: tuple[TapRoute, ...], maximum
     audience = Audience(tuple(members), taps)
     slices: tuple[list[Outbox], list[Outbox]] = ([], [])
     singly: list[Member] = []
-    acknowledged: list[Session] = []
-    at_most_once: list[Outbox] = []
-    offline = False
     for member in audience.members:
         session = member.session
         session.audiences.add(audience)
         outbox = session.outbox
         if outbox is None:
-            offline = True
-        elif (
+            continue
+        if (
             member.subscription_identifiers
             or outbox.aliases is not None
             or outbox.maximum_packet_size < maximum_packet_size + TRANSLATION
@@ -80,16 +103,8 @@ def make_audience(members: Iterable[Member], taps: tuple[TapRoute, ...], maximum
             singly.append(member)
         else:
             slices[outbox.protocol_version == 5].append(outbox)
-            if member.qos:
-                acknowledged.append(session)
-            else:
-                at_most_once.append(outbox)
     audience.slices = (tuple(slices[0]), tuple(slices[1]))
     audience.singly = tuple(singly)
-    audience.acknowledged = tuple(acknowledged)
-    audience.at_most_once = tuple(at_most_once)
-    plain = not offline and not singly
-    audience.uniform = (plain and not slices[1], plain and not slices[0])
     return audience
 
 

@@ -26,7 +26,7 @@ from mqtt_trio.broker.metrics import Metrics
 from mqtt_trio.broker.outbox import ClientLink, Outbox
 from mqtt_trio.broker.retained import RetainedMessages
 from mqtt_trio.broker.router import Router, SubscriptionOptions
-from mqtt_trio.broker.session import RELEASED, Delivery, Session
+from mqtt_trio.broker.session import RELEASED, Delivery, Session, qos_of
 from mqtt_trio.broker.tap import FrameRun, Hold, Refused, Tap, TapRoute
 from mqtt_trio.errors import LocalProtocolError
 from mqtt_trio.protocol.codes import PacketType, ProtocolVersion, ReasonCode
@@ -97,6 +97,8 @@ class Broker:
         """Whoever stopped QoS 1 and 2 publishers, by id()."""
         self._stalled: dict[ClientLink, None] = {}
         self._audiences: dict[tuple[object, ...], Audience] = {}
+        self.property_blocks: set[bytes] = set()
+        """Property blocks that fast lanes found forwardable."""
         self.sender = Sender(limits, self.metrics, wall_offset, self.emit)
         if type(self.authorizer) is not AllowEverything:
             self.sender.may_receive = self.may_receive
@@ -247,7 +249,7 @@ class Broker:
     # What the fast lane calls
 
     def show_run(self, taps: Iterable[TapRoute], run: FrameRun) -> list[Hold | Refused] | None:
-        """Show a QoS 1 run to the taps; what they want, or None when it may be acknowledged at once."""
+        """Show a QoS 1 or 2 run to the taps; what they want, or None when it may be acknowledged at once."""
         answers = [answer for tap in taps if (answer := tap.take_run(run)) is not None]
         return answers or None
 
@@ -285,7 +287,7 @@ class Broker:
     def _pubrec(self, link: ClientLink, session: Session, packet: Packet, now: float) -> bool:
         assert isinstance(packet, PubRec)
         entry = session.inflight.get(packet.packet_id)
-        if entry is None or isinstance(entry, tuple) or entry.qos != 2:
+        if entry is None or qos_of(entry) != 2:
             self.reply(link, PubRel(packet.packet_id, ReasonCode.PACKET_IDENTIFIER_NOT_FOUND))
         elif packet.reason_code >= 0x80:  # [MQTT5-4.3.3-4]: the message is at its end
             self.sender.finished(session, packet.packet_id, now)

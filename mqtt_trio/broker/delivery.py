@@ -12,7 +12,7 @@ from mqtt_trio.broker.limits import Limits
 from mqtt_trio.broker.message import Message
 from mqtt_trio.broker.metrics import Metrics
 from mqtt_trio.broker.outbox import Outbox
-from mqtt_trio.broker.session import RELEASED, Delivery, FastDelivery, Released, Session
+from mqtt_trio.broker.session import RELEASED, Delivery, FastDelivery, Released, Session, qos_of
 from mqtt_trio.broker.tap import FrameRun, read_run
 from mqtt_trio.protocol.codes import PacketType, ProtocolVersion, QoS
 from mqtt_trio.protocol.encode import EncodedPublish, encode
@@ -252,8 +252,9 @@ class Sender:
     def from_fast(self, entry: FastDelivery, session: Session, now: float) -> Delivery:
         """Make an ordinary delivery of one that the fast lane sent."""
         head, tail, version = entry
-        run = FrameRun(head + b"\0\1" + tail, 1, 1, ProtocolVersion(version), "", now + self.wall_offset)
-        return Delivery(read_run(run)[0], 1)
+        qos = qos_of(entry)
+        run = FrameRun(head + b"\0\1" + tail, 1, qos, ProtocolVersion(version), "", now + self.wall_offset)
+        return Delivery(read_run(run)[0], qos)
 
     def acknowledged(self, session: Session, packet_id: int, packet_type: PacketType, now: float) -> bool:
         """A PUBACK or PUBCOMP came: free its slot. False when no such delivery waits for it."""
@@ -261,8 +262,7 @@ class Sender:
         if entry is None:
             return False
         if packet_type is PacketType.PUBACK:
-            qos = 1 if isinstance(entry, tuple) else entry.qos
-            if qos != 1:
+            if qos_of(entry) != 1:
                 return False
         elif entry is not RELEASED:
             return False

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Final
 
 from mqtt_trio.broker.broker import Broker
-from mqtt_trio.broker.fast_lane import FastLane, first_frame
+from mqtt_trio.broker.fast_lane import FastLane
+from mqtt_trio.broker.lane_frames import first_frame
 from mqtt_trio.broker.message import Message
 from mqtt_trio.broker.outbox import Outbox
 from mqtt_trio.broker.session import Session
 from mqtt_trio.broker.tap import FrameRun, read_run
 from mqtt_trio.protocol.codes import ProtocolVersion
+
+OF_NETWORK_CLIENTS: Final = (
+    "packets_received",
+    "packets_sent",
+    "messages_received_qos0",
+    "messages_received_qos1",
+    "messages_received_qos2",
+)
+"""Counters that the fast lane moves and that are not about publishers inside."""
 
 
 class LocalPublisher:
@@ -49,7 +60,7 @@ class LocalPublisher:
     def _publish_run(self, run: FrameRun, now: float) -> None:
         broker, metrics = self.broker, self.broker.metrics
         lane = self._lanes[run.protocol_version == ProtocolVersion.MQTT_5_0]
-        received = metrics.packets_received, metrics.messages_received_qos0, metrics.messages_received_qos1
+        before = [getattr(metrics, name) for name in OF_NETWORK_CLIENTS]
         frames, pos = run.frames, 0
         while (pos := lane.handle(frames, pos, now)) < len(frames):
             # The full path takes one frame; the lane knows its topic from then on.
@@ -60,8 +71,10 @@ class LocalPublisher:
             broker.sender.deliver(message, audience, now)
             lane.learn(message.topic_name, audience)
             pos += len(frame)
-        metrics.packets_received, metrics.messages_received_qos0, metrics.messages_received_qos1 = received
+        for name, value in zip(OF_NETWORK_CLIENTS, before, strict=True):
+            setattr(metrics, name, value)
         metrics.messages_local += run.count
+        lane.session.received.clear()
         lane.outbox.frames.clear()
         lane.outbox.touched.clear()
         lane.outbox.room = lane.outbox.limit

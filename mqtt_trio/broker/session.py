@@ -32,7 +32,8 @@ class Delivery:
 
 
 FastDelivery: TypeAlias = tuple[bytes, bytes, int]
-"""A QoS 1 delivery of the fast lane: the frame up to its Packet Identifier, the rest behind it, the MQTT version."""
+"""A delivery of the fast lane: the frame up to its Packet Identifier, the rest behind it, the MQTT version (4 for all
+3.x)."""
 
 
 class Released:
@@ -43,6 +44,11 @@ class Released:
 
 RELEASED: Final = Released()
 Inflight: TypeAlias = Delivery | FastDelivery | Released
+
+
+def qos_of(entry: Inflight) -> int:
+    """Return the QoS of a delivery."""
+    return entry[0][0] >> 1 & 3 if isinstance(entry, tuple) else entry.qos
 
 
 @attrs.define

@@ -24,8 +24,9 @@ from mqtt_trio.protocol.wire import read_header
 class FrameRun:
     """Whole PUBLISH packets of one publisher that lie side by side, as they were received.
 
-    All have the same QoS, RETAIN 0 and DUP 0, a Topic Name (no Topic Alias) and the same route; a run at QoS 1 or 2
-    has one frame, whose Packet Identifier is the publisher's and means nothing to anybody else.
+    All have the same QoS, RETAIN 0 and DUP 0, a Topic Name and the same route; their properties may differ and hold no
+    Topic Alias, Subscription Identifier or Message Expiry Interval. A run at QoS 1 or 2 has one frame, whose Packet
+    Identifier is the publisher's and means nothing to anybody else.
     """
 
     frames: bytes

@@ -211,7 +211,7 @@ async def test_unacknowledged_messages_come_again(
     for number in range(9):
         await sender.publish("t", b"%d" % number, qos=qos)
     first = [await device.next_message(acknowledge=False) for _ in range(9)]
-    assert (memory_broker.broker.metrics.fast_lane_messages > 5) is (qos == 1)
+    assert memory_broker.broker.metrics.fast_lane_messages > 5
     await device.cut()
     await sender.publish("t", b"queued", qos=qos)
     device = await memory_broker.connect("device", version=after, clean_start=False, session_expiry_interval=60)

@@ -1,0 +1,242 @@
+"""A broker with a few clients for the differential test of the fast lane: what happens there, and all of its state."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import attrs
+
+from mqtt_trio.broker.access import AllowEverything, Principal
+from mqtt_trio.broker.broker import Broker
+from mqtt_trio.broker.events import Event, MessageDropped
+from mqtt_trio.broker.fast_lane import FastLane
+from mqtt_trio.broker.limits import Limits
+from mqtt_trio.broker.message import Message
+from mqtt_trio.broker.session import Delivery, Inflight, Session
+from mqtt_trio.broker.tap import Answer, FrameRun, Hold, Refused, TapRoute, read_run
+from mqtt_trio.protocol.codes import ProtocolVersion, ReasonCode
+from mqtt_trio.protocol.encode import encode
+from mqtt_trio.protocol.packets import Connect
+from mqtt_trio.server.link import Link
+
+V31, V4, V5 = ProtocolVersion.MQTT_3_1, ProtocolVersion.MQTT_3_1_1, ProtocolVersion.MQTT_5_0
+
+
+class NoLane(FastLane):
+    """Takes nothing: everything goes the full path."""
+
+    __slots__ = ()
+
+    def handle(self, data: bytes, pos: int, now: float) -> int:
+        return pos
+
+
+class RecordingLink(Link):
+    """A Link whose frames are collected; `frozen` makes it a reader that stops."""
+
+    __slots__ = ("again", "frozen", "now", "sent")
+
+    def __init__(self, broker: Broker, name: str) -> None:
+        super().__init__(broker, peer=name, listener="test", connect_timeout=10)
+        self.sent = b""
+        self.now = 0.0
+        self.frozen = self.again = False
+
+    def flush(self) -> None:
+        if self.frozen:
+            return
+        frames, self.outbox.frames = self.outbox.frames, []
+        self.sent += b"".join(frames)
+        self.outbox.room = self.outbox.limit
+        if self.outbox.starved and not self.ended:
+            self.broker.has_room(self.outbox, self.now)
+
+    def send_raw(self, data: bytes) -> None:
+        raise AssertionError("no WebSocket here")
+
+    def reading_changed(self) -> None:
+        pass
+
+    def resume_soon(self) -> None:
+        self.again = True
+
+
+class MoodyTap:
+    """A tap that keeps what it sees. It holds some messages, some holds are over at once, and it may refuse some."""
+
+    def __init__(self, refuses: bool) -> None:
+        self.refuses = refuses
+        self.seen: list[tuple[object, ...]] = []
+        self.holds: list[Hold] = []
+
+    def route(self, topic_name: str) -> TapRoute | None:
+        return self if topic_name.startswith("a") else None
+
+    def take_run(self, run: FrameRun) -> Answer:
+        messages = read_run(run)
+        assert len(messages) == run.count
+        answer: Answer = None
+        for message in messages:
+            answer = self.take(message)
+        return answer
+
+    def take(self, message: Message) -> Answer:
+        self.seen.append(attrs.astuple(message, recurse=False))
+        if not message.qos:
+            return None
+        turn = len(self.seen) % 12
+        if self.refuses and turn == 5:
+            return Refused(ReasonCode.QUOTA_EXCEEDED)
+        if turn % 3 == 0:
+            hold = Hold()
+            if turn == 3:
+                hold.release(ReasonCode.UNSPECIFIED_ERROR if self.refuses else None)
+            else:
+                self.holds.append(hold)
+            return hold
+        return None
+
+
+class Rules(AllowEverything):
+    """Nobody but c0 may publish to x; c1 does not get a/b."""
+
+    def may_publish(self, principal: Principal, topic_name: str) -> bool:
+        return topic_name != "x" or principal.client_id == "c0"
+
+    def may_receive(self, principal: Principal, topic_name: str) -> bool:
+        return topic_name != "a/b" or principal.client_id != "c1"
+
+
+@attrs.define(kw_only=True)
+class Setup:
+    """What a world is made of."""
+
+    limits: Limits
+    outbox_bytes: int
+    """Less than `Limits` allows, so that outboxes fill quickly."""
+    tapped: bool = False
+    refuses: bool = False
+    ruled: bool = False
+
+
+class World:
+    """A broker and its clients; `do` makes one thing happen."""
+
+    def __init__(self, lane: type[FastLane], setup: Setup) -> None:
+        numbers = iter(range(1000))
+        self.dropped: Counter[tuple[str, str]] = Counter()
+        self.broker = Broker(
+            setup.limits,
+            random_id=lambda: f"auto-{next(numbers)}",
+            wall_offset=1000.0,
+            authorizer=Rules() if setup.ruled else None,
+            events=self._event,
+        )
+        self.broker.connections.make_lane = lane
+        self.setup = setup
+        self.now = 0.0
+        self.tap = MoodyTap(setup.refuses)
+        if setup.tapped:
+            self.broker.add_tap(self.tap)
+        self.clients: dict[str, RecordingLink] = {}
+        self.links: list[RecordingLink] = []
+        self.trace: list[int] = []
+
+    def _event(self, event: Event) -> None:
+        if isinstance(event, MessageDropped):
+            self.dropped[event.reason, event.client_id] += event.count
+
+    def connect(self, client_id: str, version: ProtocolVersion = V4, **fields: Any) -> RecordingLink:
+        link = RecordingLink(self.broker, f"{client_id}#{len(self.links)}")
+        link.outbox.limit = link.outbox.room = self.setup.outbox_bytes
+        self.links.append(link)
+        self.clients[client_id] = link
+        self.feed(link, encode(Connect(client_id=client_id, protocol_version=version, **fields), version))
+        return link
+
+    def feed(self, link: RecordingLink, data: bytes) -> None:
+        link.now = self.now
+        link.receive(data, self.now)
+        self._settle()
+
+    def _settle(self) -> None:
+        """Let links go on that gave others their turn, send what is to be sent."""
+        waiting = True
+        while waiting:
+            waiting = False
+            for link in self.links:
+                if link.again:
+                    link.again, waiting = False, True
+                    link.resume(link)
+        self.broker.flush()
+
+    def do(self, what: str, who: str, argument: Any) -> None:
+        """Make one event of a script happen."""
+        if what == "feed":
+            self.feed(self.clients[who], argument)
+        elif what == "connect":
+            self.connect(who, **argument)
+        elif what == "cut":
+            self.clients[who].end(None, "cut")
+        elif what == "freeze":
+            self.clients[who].frozen = True
+        elif what == "thaw":
+            self.clients[who].frozen = False
+            self.clients[who].flush()
+        elif what == "release":
+            holds, self.tap.holds = self.tap.holds, []
+            for hold in holds:
+                hold.release(argument)
+        elif what == "stop":
+            self.broker.stop_publishers(self)
+        elif what == "go":
+            self.broker.resume_publishers(self)
+        elif what == "rights":
+            self.broker.rights_changed()
+        else:
+            self.now += argument
+        self._settle()
+        self.trace.append(sum(len(link.sent) for link in self.links))
+
+    def state(self) -> dict[str, Any]:
+        """Everything that anybody could tell the two ways apart by."""
+        metrics = self.broker.metrics.snapshot()
+        metrics.pop("fast_lane_messages")
+        state: dict[str, Any] = {
+            "trace": self.trace,
+            "sent": {link.peer: link.sent for link in self.links},
+            "ended": {link.peer: (link.ended, link.end_reason, link.end_text, link.paused) for link in self.links},
+            "room": {link.peer: (link.outbox.room, link.outbox.starved) for link in self.links},
+            "metrics": metrics,
+            "dropped": self.dropped,
+            "seen": self.tap.seen,
+            "retained": sorted((m.topic_name, m.payload) for m in self.broker.retained),
+            "publishers stopped": len(self.broker.stopped),
+        }
+        for client_id, session in self.broker.connections.sessions.items():
+            state[client_id] = self._session(session)
+        return state
+
+    def _session(self, session: Session) -> dict[str, Any]:
+        return {
+            "inflight": [(packet_id, self._inflight(session, entry)) for packet_id, entry in session.inflight.items()],
+            "resending": list(session.resending),
+            "queue": [(d.qos, d.retain, d.subscription_identifiers, _told(d.message)) for d in session.queue],
+            "queue_bytes": session.queue_bytes,
+            "next_id": session.next_id,
+            "received": session.received,
+            "acks": [(ack.frame, ack.qos, ack.packet_id, ack.waiting_for) for ack in session.acks],
+        }
+
+    def _inflight(self, session: Session, entry: Inflight) -> object:
+        if isinstance(entry, tuple):
+            entry = self.broker.sender.from_fast(entry, session, self.now)
+        if isinstance(entry, Delivery):
+            return entry.qos, entry.retain, entry.subscription_identifiers, _told(entry.message)
+        return "released"
+
+
+def _told(message: Message) -> tuple[object, ...]:
+    """What a message tells its receiver."""
+    return message.topic_name, message.payload, message.properties
