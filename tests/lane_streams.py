@@ -23,7 +23,22 @@ FLAVOURS: Final = ("mixed", "QoS 0", "QoS 1", "QoS 2", "properties")
 CLIENTS: Final = ("c0", "c1", "c2", "c3")
 TOPICS: Final = [write_string(t) for t in ("a", "a", "a/b", "a/b/c", "x", "$odd/t", "s/é", "l/" + "t" * 150)]
 ODD_TOPICS: Final = (b"\0\0", b"\0\1+", b"\0\2\xc3\x28", b"\0\3a\0b", b"\0\1z")
-FILTERS: Final = ("a", "a", "a/#", "+", "a/+", "#", "#", "x", "$odd/#", "s/+", "l/#", "$share/g/a")
+FILTERS: Final = (
+    "a",
+    "a",
+    "a/#",
+    "+",
+    "a/+",
+    "#",
+    "#",
+    "x",
+    "$odd/#",
+    "s/+",
+    "l/#",
+    "$share/g/a",
+    "$share/g/a",
+    "$share/h/#",
+)
 SIZES: Final = (0, 0, 1, 3, 12, 12, 64, 64, 64, 120, 300, 1200)
 
 

@@ -14,6 +14,7 @@ from mqtt_trio.broker.fast_lane import FastLane
 from mqtt_trio.broker.limits import Limits
 from mqtt_trio.broker.message import Message
 from mqtt_trio.broker.session import Delivery, Inflight, Session
+from mqtt_trio.broker.shares import ShareGroup
 from mqtt_trio.broker.tap import Answer, FrameRun, Hold, Refused, TapRoute, read_run
 from mqtt_trio.protocol.codes import ProtocolVersion, ReasonCode
 from mqtt_trio.protocol.encode import encode
@@ -213,17 +214,27 @@ class World:
             "seen": self.tap.seen,
             "retained": sorted((m.topic_name, m.payload) for m in self.broker.retained),
             "publishers stopped": len(self.broker.stopped),
+            "groups": {group.name: self._group(group) for group in self.broker.shares.groups.values()},
         }
         for client_id, session in self.broker.connections.sessions.items():
             state[client_id] = self._session(session)
         return state
+
+    @staticmethod
+    def _group(group: ShareGroup) -> dict[str, Any]:
+        return {
+            "members": [(session.client_id, options) for session, options in group.members.items()],
+            "turns": [session.client_id for session in group.turns],
+            "queue": [(d.qos, _told(d.message)) for d in group.queue],
+            "queue size": group.queue.size,
+        }
 
     def _session(self, session: Session) -> dict[str, Any]:
         return {
             "inflight": [(packet_id, self._inflight(session, entry)) for packet_id, entry in session.inflight.items()],
             "resending": list(session.resending),
             "queue": [(d.qos, d.retain, d.subscription_identifiers, _told(d.message)) for d in session.queue],
-            "queue_bytes": session.queue_bytes,
+            "queue size": session.queue.size,
             "next_id": session.next_id,
             "received": session.received,
             "acks": [(ack.frame, ack.qos, ack.packet_id, ack.waiting_for) for ack in session.acks],
@@ -233,7 +244,8 @@ class World:
         if isinstance(entry, tuple):
             entry = self.broker.sender.from_fast(entry, session, self.now)
         if isinstance(entry, Delivery):
-            return entry.qos, entry.retain, entry.subscription_identifiers, _told(entry.message)
+            group = entry.group.name if entry.group is not None else None
+            return entry.qos, entry.retain, entry.subscription_identifiers, group, _told(entry.message)
         return "released"
 
 

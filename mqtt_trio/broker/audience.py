@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
 import attrs
 
@@ -10,6 +11,9 @@ from mqtt_trio.broker.outbox import Outbox
 from mqtt_trio.broker.router import SubscriptionOptions
 from mqtt_trio.broker.session import Session
 from mqtt_trio.broker.tap import TapRoute
+
+if TYPE_CHECKING:
+    from mqtt_trio.broker.shares import ShareGroup
 
 TRANSLATION = 2
 """Bytes that a 3.x frame grows by at most in 5.0: an empty Property Length, a longer Remaining Length."""
@@ -45,6 +49,8 @@ class Audience:
     """
 
     members: tuple[Member, ...]
+    groups: tuple[ShareGroup, ...]
+    """Share groups; each hands a message to one of its members."""
     taps: tuple[TapRoute, ...]
     valid: bool = True
     on_invalid: Callable[[Audience], object] | None = None
@@ -80,13 +86,22 @@ class Audience:
         self.valid = False
         for member in self.members:
             member.session.audiences.discard(self)
+        for group in self.groups:
+            group.audiences.discard(self)
         if self.on_invalid is not None:
             self.on_invalid(self)
 
 
-def make_audience(members: Iterable[Member], taps: tuple[TapRoute, ...], maximum_packet_size: int) -> Audience:
+def make_audience(
+    members: Iterable[Member],
+    groups: tuple[ShareGroup, ...],
+    taps: tuple[TapRoute, ...],
+    maximum_packet_size: int,
+) -> Audience:
     """Sort `members` into an Audience. `maximum_packet_size`: bytes of the largest frame that a publisher may send."""
-    audience = Audience(tuple(members), taps)
+    audience = Audience(tuple(members), groups, taps)
+    for group in groups:
+        group.audiences.add(audience)
     slices: tuple[list[Outbox], list[Outbox]] = ([], [])
     singly: list[Member] = []
     for member in audience.members:

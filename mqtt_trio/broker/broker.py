@@ -14,7 +14,7 @@ from mqtt_trio.broker.access import (
     MethodsOnly,
     Principal,
 )
-from mqtt_trio.broker.audience import Audience, make_audience, merge_members
+from mqtt_trio.broker.audience import Audience, Member, make_audience, merge_members
 from mqtt_trio.broker.connect import Handshakes
 from mqtt_trio.broker.connections import Connections
 from mqtt_trio.broker.delivery import Sender
@@ -27,6 +27,7 @@ from mqtt_trio.broker.outbox import ClientLink, Outbox
 from mqtt_trio.broker.retained import RetainedMessages
 from mqtt_trio.broker.router import Router, SubscriptionOptions
 from mqtt_trio.broker.session import RELEASED, Delivery, Session, qos_of
+from mqtt_trio.broker.shares import ShareGroup, Shares
 from mqtt_trio.broker.tap import FrameRun, Hold, Refused, Tap, TapRoute
 from mqtt_trio.errors import LocalProtocolError
 from mqtt_trio.protocol.codes import PacketType, ProtocolVersion, ReasonCode
@@ -89,7 +90,7 @@ class Broker:
         self.authorizer = authorizer or AllowEverything()
         self.response_information = response_information
         self._events = events
-        self.router: Router[Session] = Router()
+        self.router: Router[Session | ShareGroup] = Router()
         self.retained = RetainedMessages(limits.retained_messages)
         self.taps: list[Tap] = []
         self.touched: list[Outbox] = []
@@ -102,6 +103,9 @@ class Broker:
         self.sender = Sender(limits, self.metrics, wall_offset, self.emit)
         if type(self.authorizer) is not AllowEverything:
             self.sender.may_receive = self.may_receive
+        self.shares = Shares(self)
+        self.sender.pull = self.shares.pull
+        self.sender.share = self.shares.deliver
         self.inbound = Inbound(self)
         self.connections = Connections(self)
         self.handshakes = Handshakes(self, authentication_methods)
@@ -208,15 +212,25 @@ class Broker:
 
     def audience(self, topic_name: str, publisher: str, *, tapped: bool = True) -> Audience:
         """Whom a message of `publisher` to `topic_name` reaches."""
-        members = merge_members(self.router.match(topic_name), publisher)
+        groups: list[ShareGroup] = []
+        matches: list[tuple[Session, SubscriptionOptions]] = []
+        for subscriber, options in self.router.match(topic_name):
+            if isinstance(subscriber, ShareGroup):
+                groups.append(subscriber)
+            else:
+                matches.append((subscriber, options))
+        members = merge_members(matches, publisher)
         may_receive = self.authorizer.may_receive
         members = [m for m in members if may_receive(self.principal(m.session), topic_name)]
-        members.sort(key=lambda member: id(member.session))
+        members.sort(key=lambda member: member.session.client_id)
+        groups.sort(key=lambda group: group.name)
         taps: tuple[TapRoute, ...] = ()
         if tapped and self.taps:
             taps = tuple(route for tap in self.taps if (route := tap.route(topic_name)) is not None)
         key = (
             *((id(m.session), m.qos, m.retain_as_published, m.subscription_identifiers) for m in members),
+            None,
+            *map(id, groups),
             None,
             *map(id, taps),
         )
@@ -224,7 +238,7 @@ class Broker:
         if audience is None:
             if len(self._audiences) >= AUDIENCES:
                 self._forget_audiences()
-            audience = make_audience(members, taps, self.limits.maximum_packet_size)
+            audience = make_audience(members, tuple(groups), taps, self.limits.maximum_packet_size)
             audience.on_invalid = lambda _: self._audiences.pop(key, None)
             self._audiences[key] = audience
         return audience
@@ -261,9 +275,11 @@ class Broker:
         """Queue the acknowledgement of a publish until every Hold is released."""
         self.inbound.acknowledge(session, qos, packet_id, answers)
 
-    def deliver_singly(self, run: FrameRun, members: Iterable[object], now: float) -> None:
-        """Deliver a run to members that cannot share its bytes."""
-        self.sender.deliver_singly(run, members, now)  # type: ignore[arg-type]
+    def deliver_singly(
+        self, run: FrameRun, members: Iterable[Member], groups: Iterable[ShareGroup], now: float
+    ) -> None:
+        """Deliver a run to members that cannot share its bytes, and to share groups."""
+        self.sender.deliver_singly(run, members, groups, now)
 
     # Packets of a connected client
 
@@ -310,11 +326,16 @@ class Broker:
         assert isinstance(packet, Subscribe)
         codes: list[ReasonCode] = []
         retained: list[tuple[Subscription, SubscriptionOptions]] = []
+        shared = False
         for subscription in packet.subscriptions:
             options = SubscriptionOptions.of(subscription, packet.subscription_identifier)
             code, is_new = self._subscribe_one(session, options, now)
             codes.append(code)
-            if code < 0x80 and (options.retain_handling == 0 or (options.retain_handling == 1 and is_new)):
+            if code >= 0x80:
+                continue
+            if split_shared(options.topic_filter)[0] is not None:
+                shared = True  # nobody gets retained messages by it [MQTT5-4.8.2]
+            elif options.retain_handling == 0 or (options.retain_handling == 1 and is_new):
                 retained.append((subscription, options))  # [MQTT5-3.3.1-9] to [MQTT5-3.3.1-11]
         if link.connection.protocol_version is ProtocolVersion.MQTT_3_1:
             # 3.1 has no code for a failure; it gets what it asked for confirmed, as from mosquitto, and no messages.
@@ -323,24 +344,28 @@ class Broker:
         self.reply(link, SubAck(packet.packet_id, tuple(codes)))
         for subscription, options in retained:
             self._send_retained(session, subscription.topic_filter, options, now)
+        if shared:
+            self.shares.arrived(session, now)
         return True
 
     def _subscribe_one(self, session: Session, options: SubscriptionOptions, now: float) -> tuple[ReasonCode, bool]:
         """Make one subscription; return its reason code and whether the filter is new to the session."""
         topic_filter = options.topic_filter
         is_new = topic_filter not in session.subscriptions
-        if split_shared(topic_filter)[0] is not None:
-            return ReasonCode.SHARED_SUBSCRIPTIONS_NOT_SUPPORTED, False
-        if split_shared(topic_filter)[1].count("/") >= self.limits.topic_levels:
+        share_name, inner_filter = split_shared(topic_filter)
+        if inner_filter.count("/") >= self.limits.topic_levels:
             return ReasonCode.TOPIC_FILTER_INVALID, False
         if is_new and len(session.subscriptions) >= self.limits.subscriptions_per_client:
             return ReasonCode.QUOTA_EXCEEDED, False
-        if not self.authorizer.may_subscribe(self.principal(session), topic_filter):
+        if not self.authorizer.may_subscribe(self.principal(session), inner_filter):
             return ReasonCode.NOT_AUTHORIZED, False
-        if not is_new:
-            session.forget_routes()
         session.subscriptions[topic_filter] = options
-        self.router.subscribe(topic_filter, session, options)  # replaces an equal filter [MQTT5-3.8.4-3]
+        if share_name is not None:
+            self.shares.join(session, options)
+        else:
+            if not is_new:
+                session.forget_routes()
+            self.router.subscribe(topic_filter, session, options)  # replaces an equal filter [MQTT5-3.8.4-3]
         self.metrics.subscriptions += is_new
         self.emit(
             Subscribed(
@@ -368,8 +393,11 @@ class Broker:
             if session.subscriptions.pop(topic_filter, None) is None:
                 codes.append(ReasonCode.NO_SUBSCRIPTION_EXISTED)
                 continue
-            self.router.unsubscribe(topic_filter, session)
-            session.forget_routes()
+            if topic_filter in session.shares:
+                self.shares.leave(session, topic_filter)
+            else:
+                self.router.unsubscribe(topic_filter, session)
+                session.forget_routes()
             self.metrics.subscriptions -= 1
             codes.append(ReasonCode.SUCCESS)
             self.emit(Unsubscribed(at=now + self.wall_offset, client_id=session.client_id, topic_filter=topic_filter))

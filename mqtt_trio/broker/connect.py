@@ -162,6 +162,8 @@ class Handshakes:
         self._accept(link, session, packet, self._connack(link, session, packet, granted, present), now)
         if present:
             broker.sender.resend(session, now)
+            if session.shares:
+                broker.shares.arrived(session, now)
 
     def _connack(self, link: ClientLink, session: Session, packet: Connect, granted: Granted, present: bool) -> ConnAck:
         """Say what was granted; what is absent is as the client asked, or without a limit."""
@@ -178,7 +180,6 @@ class Handshakes:
         if limits.receive_maximum < 65_535:
             connack.receive_maximum = limits.receive_maximum
         connack.maximum_packet_size = limits.maximum_packet_size
-        connack.shared_subscription_available = 0
         if link.connection.topic_alias_maximum:
             connack.topic_alias_maximum = link.connection.topic_alias_maximum
         if packet.authentication_method is not None:

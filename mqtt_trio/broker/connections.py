@@ -128,6 +128,8 @@ class Connections:
             )
         )
         expiry = session.expiry_interval
+        if session.shares and expiry:
+            broker.shares.left(session, now)
         session.deadline = None if expiry == NEVER else now + expiry
         session.will_at = will_due_at(session, now)
         if session.will_at is not None:
@@ -147,6 +149,8 @@ class Connections:
             publish_will(self.broker, session, now)
         session.deadline = None
         self.sessions.pop(session.client_id, None)
+        if session.shares:
+            broker.shares.ended(session, now)
         broker.router.unsubscribe_all(session.subscriptions, session)
         session.forget_routes()
         metrics = broker.metrics

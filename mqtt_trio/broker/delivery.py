@@ -12,7 +12,9 @@ from mqtt_trio.broker.limits import Limits
 from mqtt_trio.broker.message import Message
 from mqtt_trio.broker.metrics import Metrics
 from mqtt_trio.broker.outbox import Outbox
+from mqtt_trio.broker.queues import MessageQueue
 from mqtt_trio.broker.session import RELEASED, Delivery, FastDelivery, Released, Session, qos_of
+from mqtt_trio.broker.shares import ShareGroup
 from mqtt_trio.broker.tap import FrameRun, read_run
 from mqtt_trio.protocol.codes import PacketType, ProtocolVersion, QoS
 from mqtt_trio.protocol.encode import EncodedPublish, encode
@@ -34,6 +36,10 @@ class Sender:
         self.may_receive: Callable[[Session, str], bool] | None = None
         """Asked again before a message leaves a queue or is repeated, as rights may have been revoked since it was
         routed; None: everybody may receive everything."""
+        self.share: Callable[[ShareGroup, Message, Encodings, float], None]
+        """Send a message to one member of a share group."""
+        self.pull: Callable[[Session, float], None]
+        """Let a session have what waits in its share groups, as far as it can take it."""
 
     def deliver(self, message: Message, audience: Audience, now: float) -> None:
         """Send one message to every member of an audience, encoded once per kind of copy."""
@@ -42,15 +48,21 @@ class Sender:
             retain = message.retain and member.retain_as_published  # [MQTT5-3.3.1-12], [MQTT5-3.3.1-13]
             qos = min(message.qos, member.qos)  # [MQTT5-3.8.4-8]
             self.send(member.session, Delivery(message, qos, retain, member.subscription_identifiers), encodings, now)
+        for group in audience.groups:
+            self.share(group, message, encodings, now)
 
-    def deliver_singly(self, run: FrameRun, members: Iterable[Member], now: float) -> None:
-        """Send the frames of a run to members whose copies are not the frames themselves."""
+    def deliver_singly(
+        self, run: FrameRun, members: Iterable[Member], groups: Iterable[ShareGroup], now: float
+    ) -> None:
+        """Send the frames of a run to members whose copies are not the frames themselves, and to share groups."""
         for message in read_run(run):
             encodings: Encodings = {}
             for member in members:
                 qos = min(message.qos, member.qos)
                 delivery = Delivery(message, qos, False, member.subscription_identifiers)
                 self.send(member.session, delivery, encodings, now)
+            for group in groups:
+                self.share(group, message, encodings, now)
 
     def send(self, session: Session, delivery: Delivery, encodings: Encodings, now: float) -> None:
         """Send or queue one delivery; what neither fits is dropped and counted."""
@@ -66,7 +78,7 @@ class Sender:
                 if outbox.aliases is not None:
                     outbox.aliases.sent()
             else:
-                self._dropped("outbox_full", session, delivery.message, now)
+                self.dropped("outbox_full", session, delivery.message, now)
             return
         if (
             outbox is None
@@ -75,7 +87,7 @@ class Sender:
             or len(session.inflight) >= session.send_maximum
             or outbox.room <= 0
         ):
-            self._enqueue(session, delivery, now)
+            self.enqueue(session.queue, delivery, session, now)
             if outbox is not None and outbox.room <= 0:
                 outbox.starved = True
             return
@@ -113,7 +125,7 @@ class Sender:
         if encoded is None:
             return None
         if encoded.size > outbox.maximum_packet_size:  # [MQTT5-3.1.2-24], [MQTT5-3.1.2-25]
-            self._dropped("too_large", outbox.session, delivery.message, now)
+            self.dropped("too_large", outbox.session, delivery.message, now)
             return None
         return encoded.frame(packet_id, dup=dup)
 
@@ -138,7 +150,7 @@ class Sender:
                 if dup:
                     interval = max(interval, 0)  # its delivery has begun, so it is brought to an end
                 elif interval <= 0:  # [MQTT5-3.3.2-5]
-                    self._dropped("expired", outbox.session, message, now)
+                    self.dropped("expired", outbox.session, message, now)
                     return None
             encoded = encodings[key] = EncodedPublish(
                 "" if alias[1] else message.topic_name,
@@ -159,24 +171,18 @@ class Sender:
         if outbox.aliases is not None:
             outbox.aliases.sent()
 
-    def _enqueue(self, session: Session, delivery: Delivery, now: float) -> None:
-        """Queue for later, within [Limits] QueueMessages and QueueBytes."""
-        limits = self.limits
-        size = delivery.message.size
-        if size > limits.queue_bytes or limits.queue_messages == 0:
-            self._dropped("queue_full", session, delivery.message, now)
-            return
-        while len(session.queue) >= limits.queue_messages or session.queue_bytes + size > limits.queue_bytes:
-            if limits.queue_overflow == "drop-new":
-                self._dropped("queue_full", session, delivery.message, now)
-                return
-            oldest = session.queue.popleft()
-            session.queue_bytes -= oldest.message.size
-            self.metrics.messages_queued -= 1
-            self._dropped("queue_full", session, oldest.message, now)
-        session.queue.append(delivery)
-        session.queue_bytes += size
-        self.metrics.messages_queued += 1
+    def enqueue(self, queue: MessageQueue, delivery: Delivery, session: Session | None, now: float) -> None:
+        """Have a delivery wait; what the bounds of the queue push out is dropped and counted. `session`: whose queue it
+        is, None for a share group's."""
+        dropped = queue.add(delivery, self.limits)
+        self.metrics.messages_queued += 1 - len(dropped)
+        for lost in dropped:
+            self.dropped("queue_full", session, lost.message, now)
+
+    def taken(self, queue: MessageQueue) -> Delivery:
+        """Take the oldest delivery out of a queue."""
+        self.metrics.messages_queued -= 1
+        return queue.take()
 
     def pump(self, session: Session, now: float) -> None:
         """Repeat what is left to repeat, then send from the queue, while the window and the outbox have room."""
@@ -195,12 +201,12 @@ class Sender:
             if outbox.room <= 0:
                 outbox.starved = True
                 return
-            delivery = session.queue.popleft()
-            session.queue_bytes -= delivery.message.size
-            self.metrics.messages_queued -= 1
+            delivery = self.taken(session.queue)
             if self._revoked(session, delivery.message, now):
                 continue
             self._send_acknowledged(session, outbox, delivery, {}, now)
+        if session.shares:
+            self.pull(session, now)
 
     def resend(self, session: Session, now: float) -> None:
         """Repeat what was in flight when the last connection ended, then go on with the queue [MQTT5-4.4.0-1]."""
@@ -236,7 +242,7 @@ class Sender:
         """Whether the client may not have a message any more; then it is counted as dropped."""
         if self.may_receive is None or self.may_receive(session, message.topic_name):
             return False
-        self._dropped("not_authorized", session, message, now)
+        self.dropped("not_authorized", session, message, now)
         return True
 
     def _withdraw(self, session: Session, outbox: Outbox, packet_id: int, entry: Delivery) -> None:
@@ -274,10 +280,11 @@ class Sender:
         del session.inflight[packet_id]
         if session.resending:
             session.resending.pop(packet_id, None)
-        if session.queue or session.resending:
+        if session.queue or session.resending or (session.shares and session.awaits_share):
             self.pump(session, now)
 
-    def _dropped(self, reason: str, session: Session | None, message: Message, now: float) -> None:
+    def dropped(self, reason: str, session: Session | None, message: Message, now: float) -> None:
+        """Count a message that somebody does not get; `session` None: a whole share group, or nobody in particular."""
         name = f"dropped_{reason}"
         setattr(self.metrics, name, getattr(self.metrics, name) + 1)
         client_id = session.client_id if session is not None else ""

@@ -133,6 +133,11 @@ class FastLane:
                 if run is not None:
                     self._close_run(data, run, start, pos, count, now)
                 run, start, count = audience, pos, 0
+                if audience.groups:  # a group chooses for each message, behind the copies of the others
+                    run = None
+                    self._close_run(data, audience, pos, stop, 1, now)
+                    pos = stop
+                    continue
             count += 1
             total = stop - pos
             prefix = data[pos:behind]
@@ -195,10 +200,10 @@ class FastLane:
             translated = translate_run(frames, self.v5)
             for outbox in others:
                 self._offer(translated, outbox, now)
-        if audience.singly or audience.taps:
+        if audience.singly or audience.taps or audience.groups:
             run = FrameRun(frames, count, 0, self.version, self.session.client_id, now + broker.wall_offset)
-            if audience.singly:
-                broker.deliver_singly(run, audience.singly, now)
+            if audience.singly or audience.groups:
+                broker.deliver_singly(run, audience.singly, audience.groups, now)
             for tap in audience.taps:
                 tap.take_run(run)
 

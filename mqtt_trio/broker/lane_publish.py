@@ -102,10 +102,10 @@ def take_publishes(lane: FastLane, data: bytes, pos: int, end: int, now: float) 
             if copies is None:
                 copies = _copies(fan, head, block, v5)
             late = _send_copies(lane, copies, tail, late, now)
-        if late or fan.apart:
+        if late or fan.apart or audience.groups:
             if run is None:
                 run = FrameRun(data[start:stop], 1, qos, lane.version, session.client_id, now + broker.wall_offset)
-            broker.deliver_singly(run, (*(late or ()), *fan.apart), now)
+            broker.deliver_singly(run, (*(late or ()), *fan.apart), audience.groups, now)
         if answers or acks:
             broker.acknowledge_later(session, qos, number, answers or ())
             if mine.session is None:

@@ -5,8 +5,8 @@ level of the Topic Name, one step for each trie node that still matches: linear,
 without recursion, so a filter of 65,535 levels is only long. The router does not check filters: callers pass what
 `protocol.topics.validate_topic_filter` accepted.
 
-Shared Subscriptions need nothing here: a share group can itself be a subscriber under the filter behind its share
-name, and choose one of its members per message.
+Shared Subscriptions need nothing here: a share group is itself a subscriber, under the filter behind its share name
+(`shares`).
 """
 
 from __future__ import annotations

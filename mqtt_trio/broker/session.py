@@ -10,12 +10,14 @@ import attrs
 
 from mqtt_trio.broker.message import Message
 from mqtt_trio.broker.outbox import ClientLink, Outbox
+from mqtt_trio.broker.queues import MessageQueue
 from mqtt_trio.broker.router import SubscriptionOptions
 from mqtt_trio.protocol.codes import ReasonCode
 from mqtt_trio.protocol.packets import Will
 
 if TYPE_CHECKING:
     from mqtt_trio.broker.audience import Audience
+    from mqtt_trio.broker.shares import ShareGroup
 
 NEVER: Final = 0xFFFF_FFFF
 """Session Expiry Interval that means the session does not expire [MQTT5-3.1.2.11.2]."""
@@ -29,6 +31,8 @@ class Delivery:
     qos: int
     retain: bool = False
     subscription_identifiers: tuple[int, ...] = ()
+    group: ShareGroup | None = None
+    """Whose message it is, when it came by a Shared Subscription."""
 
 
 FastDelivery: TypeAlias = tuple[bytes, bytes, int]
@@ -79,10 +83,10 @@ class Session:
         "next_id",
         "outbox",
         "queue",
-        "queue_bytes",
         "received",
         "resending",
         "send_maximum",
+        "shares",
         "subscriptions",
         "user_name",
         "will",
@@ -95,12 +99,13 @@ class Session:
         self.link: ClientLink | None = None
         self.outbox: Outbox | None = None
         self.subscriptions: dict[str, SubscriptionOptions] = {}
+        self.shares: dict[str, ShareGroup] = {}
+        """Its share groups, by `$share/NAME/FILTER`."""
         self.inflight: dict[int, Inflight] = {}
         """Outbound, by Packet Identifier, in the order of sending [MQTT3-4.6.0-1]."""
         self.resending: OrderedDict[int, None] = OrderedDict()
         """Packet Identifiers of `inflight` that this connection has still to repeat, in order, before anything new."""
-        self.queue: deque[Delivery] = deque()
-        self.queue_bytes = 0
+        self.queue = MessageQueue()
         self.received: set[int] = set()
         """Inbound QoS 2 Packet Identifiers whose PUBREL has not come [MQTT5-4.3.3-10]."""
         self.next_id = 1
@@ -119,8 +124,7 @@ class Session:
 
     def forget_messages(self) -> None:
         """The session is at its end: route caches may still name it, its messages must not stay with it."""
-        self.queue.clear()
-        self.queue_bytes = 0
+        self.queue.drop_all()
         self.inflight.clear()
         self.resending.clear()
 
@@ -136,6 +140,23 @@ class Session:
         """Invalidate every route that names this session: its connection or its subscriptions changed."""
         for audience in list(self.audiences):
             audience.invalidate()
+
+    @property
+    def can_take_now(self) -> bool:
+        """Whether a QoS 1 or 2 message of a share group may go out at once, with nothing of its own in front."""
+        outbox = self.outbox
+        return (
+            outbox is not None
+            and outbox.room > 0
+            and not self.queue
+            and not self.resending
+            and len(self.inflight) < self.send_maximum
+        )
+
+    @property
+    def awaits_share(self) -> bool:
+        """Whether something waits in one of its share groups."""
+        return any(group.queue for group in self.shares.values())
 
     @property
     def persistent(self) -> bool:

@@ -67,7 +67,8 @@ class SysTopics:
         stored = metrics.messages_queued + retained
         queued_bytes = 0
         if metrics.messages_queued:  # only then is a look at each session worth its time
-            queued_bytes = sum(session.queue_bytes for session in broker.connections.sessions.values())
+            queued_bytes = sum(session.queue.size for session in broker.connections.sessions.values())
+            queued_bytes += sum(group.queue.size for group in broker.shares.groups.values())
         return {
             "clients/connected": metrics.clients_connected,
             "clients/active": metrics.clients_connected,

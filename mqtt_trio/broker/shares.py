@@ -1,0 +1,223 @@
+"""Shared Subscriptions [MQTT5-4.8.2]: groups of sessions, each message to one of them.
+
+A group is one subscriber of the router, under the filter behind its share name. A message goes to the next member, in
+turn, that can take it at once: online, nothing of its own waiting, a free slot in its window, room in its outbox. When
+nobody can, a QoS 0 message is dropped, and others wait in the queue of the group, within the bounds of a session's
+queue, for the first member that can. So nothing waits behind a slow, frozen or absent member.
+
+What a member has been sent at QoS 1 and not acknowledged goes back to the front of the queue when its connection ends
+while another member is there, or when its session ends. At QoS 2 a delivery that has begun stays with its member:
+completed when it returns [MQTT5-4.8.2-4], given up with its session [MQTT5-4.8.2-5].
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING
+
+from mqtt_trio.broker.message import Message
+from mqtt_trio.broker.queues import MessageQueue
+from mqtt_trio.broker.router import SubscriptionOptions
+from mqtt_trio.broker.session import Delivery, Session
+from mqtt_trio.protocol.topics import split_shared
+
+if TYPE_CHECKING:
+    from mqtt_trio.broker.audience import Audience
+    from mqtt_trio.broker.broker import Broker
+    from mqtt_trio.broker.delivery import Encodings
+
+
+class ShareGroup:
+    """All sessions with the same `$share/NAME/FILTER`."""
+
+    __slots__ = ("audiences", "members", "name", "queue", "topic_filter", "turns")
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        """`$share/NAME/FILTER`, as it stands in SUBSCRIBE."""
+        self.topic_filter = split_shared(name)[1]
+        self.members: dict[Session, SubscriptionOptions] = {}
+        self.turns: deque[Session] = deque()
+        """The members, the one whose turn it is first."""
+        self.queue = MessageQueue()
+        """What no member could take yet. While something waits, no member can take its head."""
+        self.audiences: set[Audience] = set()
+        """Route cache entries that name this group."""
+
+    def forget_routes(self) -> None:
+        """Invalidate every route that names this group."""
+        for audience in list(self.audiences):
+            audience.invalidate()
+
+
+class Shares:
+    """All share groups of the node."""
+
+    def __init__(self, broker: Broker) -> None:
+        self.broker = broker
+        self.groups: dict[str, ShareGroup] = {}
+
+    # Members
+
+    def join(self, session: Session, options: SubscriptionOptions) -> None:
+        """Make `session` a member of a group, or replace its options; `arrived` has it served."""
+        group = self.groups.get(options.topic_filter)
+        if group is None:
+            group = self.groups[options.topic_filter] = ShareGroup(options.topic_filter)
+            self.broker.router.subscribe(group.topic_filter, group, options)
+        if session not in group.members:
+            group.turns.append(session)
+            session.shares[group.name] = group
+            self.broker.metrics.shared_subscriptions += 1
+        group.members[session] = options
+
+    def leave(self, session: Session, name: str) -> None:
+        """End a membership; the group ends with its last member. What the member was sent stays with it."""
+        group = session.shares.pop(name)
+        del group.members[session]
+        group.turns.remove(session)
+        metrics = self.broker.metrics
+        metrics.shared_subscriptions -= 1
+        if group.members:
+            return
+        del self.groups[name]
+        self.broker.router.unsubscribe(group.topic_filter, group)
+        group.forget_routes()
+        dropped = group.queue.drop_all()
+        metrics.messages_queued -= dropped
+        metrics.dropped_session_ended += dropped
+
+    def arrived(self, session: Session, now: float) -> None:
+        """A member is here: it may have what waits, and what members that are away have not acknowledged."""
+        for group in session.shares.values():
+            for member in group.members:
+                if member.outbox is None:
+                    self._give_back(member, group)
+        self.broker.sender.pump(session, now)
+
+    def left(self, session: Session, now: float) -> None:
+        """The connection of a member ended: others that are here get what it has not acknowledged."""
+        for group in session.shares.values():
+            if any(member.outbox is not None for member in group.members):
+                self._give_back(session, group)
+                self._serve(group, now)
+
+    def ended(self, session: Session, now: float) -> None:
+        """A session is at its end: others get what it has not acknowledged, here or not."""
+        for group in list(session.shares.values()):
+            self._give_back(session, group)
+            self.leave(session, group.name)
+            self._serve(group, now)
+
+    def _give_back(self, session: Session, group: ShareGroup) -> None:
+        """Put the unacknowledged QoS 1 messages of a member that is away back into the queue, in their order."""
+        inflight = session.inflight
+        mine = [
+            packet_id
+            for packet_id, entry in inflight.items()
+            if isinstance(entry, Delivery) and entry.group is group and entry.qos == 1
+        ]
+        if not mine:
+            return
+        back = [inflight.pop(packet_id) for packet_id in mine]
+        for packet_id in mine:
+            session.resending.pop(packet_id, None)
+        group.queue.put_back(Delivery(entry.message, entry.message.qos, group=group) for entry in back)  # type: ignore[union-attr]
+        self.broker.metrics.messages_queued += len(back)
+
+    def _serve(self, group: ShareGroup, now: float) -> None:
+        """Let members have what waits, until it is gone or nobody can take more."""
+        for _ in range(len(group.turns)):
+            if not group.queue:
+                return
+            session = group.turns[0]
+            group.turns.rotate(-1)
+            self.broker.sender.pump(session, now)
+
+    # Messages
+
+    def deliver(self, group: ShareGroup, message: Message, encodings: Encodings, now: float) -> None:
+        """Send a message to the member whose turn it is, or have it wait."""
+        if message.qos and group.queue:
+            self._wait(group, message, now)
+            return
+        for _ in range(len(group.turns)):
+            session = group.turns[0]
+            group.turns.rotate(-1)
+            if self._can_take(session, group.members[session], message):
+                self._send(group, session, message, encodings, now)
+                return
+        self._nobody_can(group, message, now)
+
+    def _can_take(self, session: Session, options: SubscriptionOptions, message: Message) -> bool:
+        outbox = session.outbox
+        if outbox is None or not self._may_have(session, message):
+            return False
+        if message.least_size > outbox.maximum_packet_size:
+            return False
+        if min(message.qos, options.qos) == 0:
+            return outbox.room >= message.size
+        return session.can_take_now
+
+    def _may_have(self, session: Session, message: Message) -> bool:
+        may_receive = self.broker.sender.may_receive
+        return may_receive is None or may_receive(session, message.topic_name)
+
+    def _send(self, group: ShareGroup, session: Session, message: Message, encodings: Encodings, now: float) -> None:
+        options = group.members[session]
+        identifier = options.subscription_identifier
+        delivery = Delivery(
+            message,
+            min(message.qos, options.qos),  # [MQTT5-4.8.2-3]
+            message.retain and options.retain_as_published,
+            () if identifier is None else (identifier,),
+            group,
+        )
+        self.broker.sender.send(session, delivery, encodings, now)
+
+    def _nobody_can(self, group: ShareGroup, message: Message, now: float) -> None:
+        """No member takes a message at once: it waits for one that will, or is dropped and counted."""
+        sender = self.broker.sender
+        reason = self._never(group, message)
+        if reason is not None:
+            sender.dropped(reason, None, message, now)
+        elif message.qos and any(options.qos for options in group.members.values()):
+            self._wait(group, message, now)
+        elif any(session.outbox is not None for session in group.members):
+            sender.dropped("outbox_full", None, message, now)
+        # At QoS 0 nobody is owed a message while all are away.
+
+    def _never(self, group: ShareGroup, message: Message) -> str | None:
+        """Why no member of today can ever take a message, or None."""
+        reason = "not_authorized"
+        for session in group.members:
+            if self._may_have(session, message):
+                if session.outbox is None or message.least_size <= session.outbox.maximum_packet_size:
+                    return None
+                reason = "too_large"
+        return reason
+
+    def _wait(self, group: ShareGroup, message: Message, now: float) -> None:
+        sender = self.broker.sender
+        delivery = Delivery(message, message.qos, group=group)
+        sender.enqueue(group.queue, delivery, None, now)
+        for session in group.members:
+            if session.outbox is not None and session.outbox.room <= 0:
+                session.outbox.starved = True
+
+    def pull(self, session: Session, now: float) -> None:
+        """A member may be able to take more: let it have what waits in its groups."""
+        sender = self.broker.sender
+        for group in session.shares.values():
+            queue = group.queue
+            while queue and (outbox := session.outbox) is not None:
+                message = queue[0].message
+                if self._can_take(session, group.members[session], message):
+                    sender.taken(queue)
+                    self._send(group, session, message, {}, now)
+                elif (reason := self._never(group, message)) is not None:
+                    sender.taken(queue)
+                    sender.dropped(reason, None, message, now)
+                else:
+                    outbox.starved = outbox.starved or outbox.room <= 0
+                    break
