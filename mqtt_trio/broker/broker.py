@@ -15,6 +15,7 @@ from mqtt_trio.broker.access import (
     Principal,
 )
 from mqtt_trio.broker.audience import Audience, Member, make_audience, merge_members
+from mqtt_trio.broker.bursts import Bursts
 from mqtt_trio.broker.connect import Handshakes
 from mqtt_trio.broker.connections import Connections
 from mqtt_trio.broker.delivery import Sender
@@ -26,7 +27,7 @@ from mqtt_trio.broker.metrics import Metrics
 from mqtt_trio.broker.outbox import ClientLink, Outbox
 from mqtt_trio.broker.retained import RetainedMessages
 from mqtt_trio.broker.router import Router, SubscriptionOptions
-from mqtt_trio.broker.session import RELEASED, Delivery, Session, qos_of
+from mqtt_trio.broker.session import RELEASED, Session, qos_of
 from mqtt_trio.broker.shares import ShareGroup, Shares
 from mqtt_trio.broker.tap import FrameRun, Hold, Refused, Tap, TapRoute
 from mqtt_trio.errors import LocalProtocolError
@@ -44,7 +45,6 @@ from mqtt_trio.protocol.packets import (
     PubRel,
     SubAck,
     Subscribe,
-    Subscription,
     UnsubAck,
     Unsubscribe,
 )
@@ -106,6 +106,8 @@ class Broker:
         self.shares = Shares(self)
         self.sender.pull = self.shares.pull
         self.sender.share = self.shares.deliver
+        self.bursts = Bursts(self)
+        self.sender.bursts = self.bursts
         self.inbound = Inbound(self)
         self.connections = Connections(self)
         self.handshakes = Handshakes(self, authentication_methods)
@@ -325,7 +327,7 @@ class Broker:
     def _subscribe(self, link: ClientLink, session: Session, packet: Packet, now: float) -> bool:
         assert isinstance(packet, Subscribe)
         codes: list[ReasonCode] = []
-        retained: list[tuple[Subscription, SubscriptionOptions]] = []
+        wanted: list[SubscriptionOptions] = []
         shared = False
         for subscription in packet.subscriptions:
             options = SubscriptionOptions.of(subscription, packet.subscription_identifier)
@@ -336,14 +338,14 @@ class Broker:
             if split_shared(options.topic_filter)[0] is not None:
                 shared = True  # nobody gets retained messages by it [MQTT5-4.8.2]
             elif options.retain_handling == 0 or (options.retain_handling == 1 and is_new):
-                retained.append((subscription, options))  # [MQTT5-3.3.1-9] to [MQTT5-3.3.1-11]
+                wanted.append(options)  # [MQTT5-3.3.1-9] to [MQTT5-3.3.1-11]
         if link.connection.protocol_version is ProtocolVersion.MQTT_3_1:
             # 3.1 has no code for a failure; it gets what it asked for confirmed, as from mosquitto, and no messages.
             asked = [ReasonCode(subscription.qos) for subscription in packet.subscriptions]
             codes = [qos if code >= 0x80 else code for code, qos in zip(codes, asked, strict=True)]
         self.reply(link, SubAck(packet.packet_id, tuple(codes)))
-        for subscription, options in retained:
-            self._send_retained(session, subscription.topic_filter, options, now)
+        for options in wanted:
+            self.bursts.begin(session, options, now)
         if shared:
             self.shares.arrived(session, now)
         return True
@@ -378,14 +380,6 @@ class Broker:
         )
         return ReasonCode(options.qos), is_new
 
-    def _send_retained(self, session: Session, topic_filter: str, options: SubscriptionOptions, now: float) -> None:
-        identifiers = () if options.subscription_identifier is None else (options.subscription_identifier,)
-        principal = self.principal(session)
-        for message in self.retained.match(topic_filter, now + self.wall_offset):
-            if self.authorizer.may_receive(principal, message.topic_name):
-                delivery = Delivery(message, min(message.qos, options.qos), True, identifiers)
-                self.sender.send(session, delivery, {}, now)  # [MQTT5-3.3.1-8]
-
     def _unsubscribe(self, link: ClientLink, session: Session, packet: Packet, now: float) -> bool:
         assert isinstance(packet, Unsubscribe)
         codes = []
@@ -393,6 +387,7 @@ class Broker:
             if session.subscriptions.pop(topic_filter, None) is None:
                 codes.append(ReasonCode.NO_SUBSCRIPTION_EXISTED)
                 continue
+            self.bursts.cancel(session, topic_filter)
             if topic_filter in session.shares:
                 self.shares.leave(session, topic_filter)
             else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from mqtt_trio.broker.audience import Audience, Member
 from mqtt_trio.broker.events import MessageDropped
@@ -19,6 +19,9 @@ from mqtt_trio.broker.tap import FrameRun, read_run
 from mqtt_trio.protocol.codes import PacketType, ProtocolVersion, QoS
 from mqtt_trio.protocol.encode import EncodedPublish, encode
 from mqtt_trio.protocol.packets import PubRel
+
+if TYPE_CHECKING:
+    from mqtt_trio.broker.bursts import Bursts
 
 Drop: TypeAlias = Callable[[MessageDropped], None]
 Encodings: TypeAlias = dict[tuple[int, int, bool, tuple[int, ...], tuple[int, bool]], EncodedPublish]
@@ -38,6 +41,8 @@ class Sender:
         routed; None: everybody may receive everything."""
         self.share: Callable[[ShareGroup, Message, Encodings, float], None]
         """Send a message to one member of a share group."""
+        self.bursts: Bursts
+        """What sends retained messages to new subscriptions."""
         self.pull: Callable[[Session, float], None]
         """Let a session have what waits in its share groups, as far as it can take it."""
 
@@ -73,17 +78,14 @@ class Sender:
             frame = self._frame(delivery, outbox, encodings, 0, now)
             if frame is None:
                 return
-            if outbox.offer(frame):
-                self.metrics.messages_sent_qos0 += 1
-                if outbox.aliases is not None:
-                    outbox.aliases.sent()
-            else:
+            if not self._offer(outbox, frame):
                 self.dropped("outbox_full", session, delivery.message, now)
             return
         if (
             outbox is None
             or session.queue
             or session.resending
+            or session.bursts
             or len(session.inflight) >= session.send_maximum
             or outbox.room <= 0
         ):
@@ -92,6 +94,24 @@ class Sender:
                 outbox.starved = True
             return
         self._send_acknowledged(session, outbox, delivery, encodings, now)
+
+    def send_next(self, session: Session, outbox: Outbox, delivery: Delivery, now: float) -> bool:
+        """Send a delivery that does not wait in the queue; the caller has seen a free slot and some room. False: it
+        does not fit yet, nothing happened."""
+        if delivery.qos:
+            self._send_acknowledged(session, outbox, delivery, {}, now)
+            return True
+        frame = self._frame(delivery, outbox, {}, 0, now)
+        return frame is None or self._offer(outbox, frame)
+
+    def _offer(self, outbox: Outbox, frame: bytes) -> bool:
+        """Offer a QoS 0 frame."""
+        if not outbox.offer(frame):
+            return False
+        self.metrics.messages_sent_qos0 += 1
+        if outbox.aliases is not None:
+            outbox.aliases.sent()
+        return True
 
     def _send_acknowledged(
         self, session: Session, outbox: Outbox, delivery: Delivery, encodings: Encodings, now: float
@@ -189,7 +209,7 @@ class Sender:
         outbox = session.outbox
         if outbox is None:
             return
-        outbox.starved = False
+        outbox.starved = bool(session.bursts) and not self.bursts.send_unacknowledged(session, outbox, now)
         while session.resending and len(session.inflight) - len(session.resending) < session.send_maximum:
             if outbox.room <= 0:
                 outbox.starved = True
@@ -197,14 +217,22 @@ class Sender:
             self._repeat(session, outbox, session.resending.popitem(last=False)[0], now)
         if session.resending:
             return
-        while session.queue and len(session.inflight) < session.send_maximum:
+        queue, bursts = session.queue, session.bursts
+        while queue or bursts:
+            if bursts and not (queue and bursts[0].behind):
+                if not self.bursts.send_acknowledged(session, outbox, now):
+                    return
+                continue
+            if len(session.inflight) >= session.send_maximum:
+                return
             if outbox.room <= 0:
                 outbox.starved = True
                 return
-            delivery = self.taken(session.queue)
-            if self._revoked(session, delivery.message, now):
-                continue
-            self._send_acknowledged(session, outbox, delivery, {}, now)
+            if bursts:
+                bursts[0].behind -= 1
+            delivery = self.taken(queue)
+            if not self._revoked(session, delivery.message, now):
+                self._send_acknowledged(session, outbox, delivery, {}, now)
         if session.shares:
             self.pull(session, now)
 
@@ -280,7 +308,7 @@ class Sender:
         del session.inflight[packet_id]
         if session.resending:
             session.resending.pop(packet_id, None)
-        if session.queue or session.resending or (session.shares and session.awaits_share):
+        if session.waiting:
             self.pump(session, now)
 
     def dropped(self, reason: str, session: Session | None, message: Message, now: float) -> None:

@@ -24,7 +24,7 @@ def take_acks(lane: FastLane, data: bytes, pos: int, end: int) -> int:
     """
     session = lane.session
     inflight, received = session.inflight, session.received
-    waiting = session.queue or session.resending or (session.shares and session.awaits_share)
+    waiting = session.waiting
     start = pos
     replies: list[bytes] = []
     while end - pos >= 4 and data[pos + 1] == 2:

@@ -83,6 +83,7 @@ def take_publishes(lane: FastLane, data: bytes, pos: int, end: int, now: float) 
             if (
                 receiver.queue
                 or receiver.resending
+                or receiver.bursts
                 or len(inflight) >= receiver.send_maximum
                 or outbound in inflight
                 or outbox.room < total
@@ -182,6 +183,7 @@ def _send_copies(
             elif (
                 receiver.queue
                 or receiver.resending
+                or receiver.bursts
                 or len(inflight) >= receiver.send_maximum
                 or outbound in inflight
                 or outbox.room < size

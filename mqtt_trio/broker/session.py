@@ -17,6 +17,7 @@ from mqtt_trio.protocol.packets import Will
 
 if TYPE_CHECKING:
     from mqtt_trio.broker.audience import Audience
+    from mqtt_trio.broker.bursts import Burst
     from mqtt_trio.broker.shares import ShareGroup
 
 NEVER: Final = 0xFFFF_FFFF
@@ -75,6 +76,7 @@ class Session:
     __slots__ = (
         "acks",
         "audiences",
+        "bursts",
         "client_id",
         "deadline",
         "expiry_interval",
@@ -105,6 +107,8 @@ class Session:
         """Outbound, by Packet Identifier, in the order of sending [MQTT3-4.6.0-1]."""
         self.resending: OrderedDict[int, None] = OrderedDict()
         """Packet Identifiers of `inflight` that this connection has still to repeat, in order, before anything new."""
+        self.bursts: deque[Burst] = deque()
+        """Retained messages for new subscriptions, still to be sent, before the queue."""
         self.queue = MessageQueue()
         self.received: set[int] = set()
         """Inbound QoS 2 Packet Identifiers whose PUBREL has not come [MQTT5-4.3.3-10]."""
@@ -125,6 +129,7 @@ class Session:
     def forget_messages(self) -> None:
         """The session is at its end: route caches may still name it, its messages must not stay with it."""
         self.queue.drop_all()
+        self.bursts.clear()
         self.inflight.clear()
         self.resending.clear()
 
@@ -150,13 +155,14 @@ class Session:
             and outbox.room > 0
             and not self.queue
             and not self.resending
+            and not self.bursts
             and len(self.inflight) < self.send_maximum
         )
 
     @property
-    def awaits_share(self) -> bool:
-        """Whether something waits in one of its share groups."""
-        return any(group.queue for group in self.shares.values())
+    def waiting(self) -> bool:
+        """Whether anything waits for a free slot of its window."""
+        return bool(self.queue or self.resending or self.bursts) or any(group.queue for group in self.shares.values())
 
     @property
     def persistent(self) -> bool:

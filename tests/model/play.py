@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections import Counter
+from collections.abc import Iterator
 from typing import Final, TypeAlias
 
 import attrs
@@ -11,6 +12,8 @@ import trio
 import trio.testing
 
 from mqtt_trio.broker.fast_lane import FastLane
+from mqtt_trio.broker.message import Message
+from mqtt_trio.broker.session import Session
 from mqtt_trio.protocol.codes import ProtocolVersion, QoS, ReasonCode
 from mqtt_trio.protocol.connection import ClientConnection
 from mqtt_trio.protocol.encode import encode
@@ -202,9 +205,9 @@ class Game:
             same(f"in flight to {name}", list(session.inflight), [o.packet_id for o in mine.owed if o.packet_id])
             now = self.world.now
             queue = [
-                (d.message.topic_name, d.message.payload, d.qos, d.retain)
-                for d in session.queue
-                if (at := d.message.expires_at) is None or at > broker.wall_offset + trio.current_time()
+                (message.topic_name, message.payload, qos, retain)
+                for message, qos, retain in _owed(session)
+                if (at := message.expires_at) is None or at > broker.wall_offset + trio.current_time()
             ]
             waiting = [
                 (o.message.topic_name, o.message.payload, o.qos, o.retain)
@@ -319,3 +322,12 @@ def explain(clock: trio.testing.MockClock, seed: int, script: Script) -> str:
     lines += [f"  {brief(part)}" for part in (short.limits, *short.steps)]
     lines.append(f"again: SEED={seed} python -m pytest tests/model")
     return "\n".join(lines)
+
+
+def _owed(session: Session) -> Iterator[tuple[Message, int, bool]]:
+    """What waits for a session, with its QoS and RETAIN: its queue, and retained messages for new subscriptions."""
+    for delivery in session.queue:
+        yield delivery.message, delivery.qos, delivery.retain
+    for burst in session.bursts:
+        for message in burst.acknowledged:
+            yield message, min(message.qos, burst.options.qos), True
