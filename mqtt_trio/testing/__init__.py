@@ -1,0 +1,20 @@
+"""The testing kit: a whole broker in memory, on a fake clock where the test has one.
+
+    pytest_plugins = ["mqtt_trio.testing"]
+
+    async def test_will(memory_broker):
+        device = await memory_broker.connect("device", will=Will(topic_name="gone", payload=b"!"))
+        watcher = await memory_broker.connect("watcher")
+        await watcher.subscribe("gone")
+        await device.cut()
+        assert (await watcher.next_message()).payload == b"!"
+
+With pytest-trio's `autojump_clock` in the same test, hours of keep alive and expiry pass in no time, to the second.
+"""
+
+from mqtt_trio.testing.broker import EPOCH as EPOCH
+from mqtt_trio.testing.broker import MemoryBroker as MemoryBroker
+from mqtt_trio.testing.broker import memory_broker as memory_broker
+from mqtt_trio.testing.broker import open_memory_broker as open_memory_broker
+from mqtt_trio.testing.client import ConnectionEndedError as ConnectionEndedError
+from mqtt_trio.testing.client import TestClient as TestClient
