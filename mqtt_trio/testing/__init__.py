@@ -18,3 +18,8 @@ from mqtt_trio.testing.broker import memory_broker as memory_broker
 from mqtt_trio.testing.broker import open_memory_broker as open_memory_broker
 from mqtt_trio.testing.client import ConnectionEndedError as ConnectionEndedError
 from mqtt_trio.testing.client import TestClient as TestClient
+from mqtt_trio.testing.pipe import CAPACITY as CAPACITY
+from mqtt_trio.testing.pipe import Direction as Direction
+from mqtt_trio.testing.pipe import Pipe as Pipe
+from mqtt_trio.testing.pipe import PipeOptions as PipeOptions
+from mqtt_trio.testing.pipe import PipeStream as PipeStream
