@@ -9,17 +9,24 @@
         await device.cut()
         assert (await watcher.next_message()).payload == b"!"
 
-With pytest-trio's `autojump_clock` in the same test, hours of keep alive and expiry pass in no time, to the second.
+With pytest-trio's `autojump_clock` among the test's own arguments, hours of keep alive and expiry pass in no time, to
+the second. docs/testing.md is the guide.
+
+Nothing in here asserts, so a conftest.py may import it beside `pytest_plugins`: PYTEST_DONT_REWRITE.
 """
 
 from mqtt_trio.testing.broker import EPOCH as EPOCH
 from mqtt_trio.testing.broker import MemoryBroker as MemoryBroker
 from mqtt_trio.testing.broker import memory_broker as memory_broker
 from mqtt_trio.testing.broker import open_memory_broker as open_memory_broker
+from mqtt_trio.testing.client import PATIENCE as PATIENCE
 from mqtt_trio.testing.client import ConnectionEndedError as ConnectionEndedError
+from mqtt_trio.testing.client import NothingCameError as NothingCameError
 from mqtt_trio.testing.client import TestClient as TestClient
 from mqtt_trio.testing.pipe import CAPACITY as CAPACITY
 from mqtt_trio.testing.pipe import Direction as Direction
 from mqtt_trio.testing.pipe import Pipe as Pipe
 from mqtt_trio.testing.pipe import PipeOptions as PipeOptions
 from mqtt_trio.testing.pipe import PipeStream as PipeStream
+from mqtt_trio.testing.websocket import UpgradeRefusedError as UpgradeRefusedError
+from mqtt_trio.testing.websocket import WebSocketStream as WebSocketStream

@@ -7,64 +7,107 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, Final
 
+import attrs
 import pytest
 import trio
-import trio.testing
 
 from mqtt_trio.broker.broker import Broker
 from mqtt_trio.broker.events import Event
 from mqtt_trio.broker.limits import Limits
+from mqtt_trio.errors import LocalProtocolError
+from mqtt_trio.host import Host
 from mqtt_trio.protocol.codes import ProtocolVersion
-from mqtt_trio.protocol.packets import ConnAck, Connect, Will
+from mqtt_trio.protocol.packets import ConnAck, Connect
 from mqtt_trio.server.clients import Clients
 from mqtt_trio.server.listeners import ListenerOptions
 from mqtt_trio.server.timers import DeadlineTimer
 from mqtt_trio.testing.client import TestClient
+from mqtt_trio.testing.pipe import Pipe, PipeOptions, PipeStream
+from mqtt_trio.testing.websocket import WebSocketStream
 
 EPOCH: Final = 1_700_000_000.0
 """UTC seconds at which the broker in memory believes to start."""
 
 
 class MemoryBroker:
-    """A broker without sockets; `connect` is its only listener."""
+    """A broker without sockets: its connections are Pipes, its events are in a list."""
 
     def __init__(self, broker: Broker, clients: Clients, nursery: trio.Nursery) -> None:
         self.broker = broker
+        """The broker itself: `broker.metrics` has its counters."""
         self.clients = clients
         self.nursery = nursery
         self.events: list[Event] = []
+        """What happened, oldest first."""
+        self.host = Host(broker, node_id="memory", instance_id=bytes(16))
+        """The broker as gateways see it."""
 
-    async def open_stream(self, *, websocket: bool = False) -> trio.StapledStream[Any, Any]:
-        """Open a raw connection to the broker: one end of a pair of memory streams."""
-        ours, theirs = trio.testing.memory_stream_pair()
-        options = ListenerOptions(type="websocket" if websocket else "tcp")
-        self.nursery.start_soon(self.clients.serve, theirs, options, "memory")
-        return ours
+    def utc_now(self) -> float:
+        """UTC seconds since the epoch, as the broker believes."""
+        return trio.current_time() + self.broker.wall_offset
+
+    async def open_pipe(self, options: PipeOptions | None = None, *, websocket: bool = False) -> Pipe:
+        """Open a network connection and send nothing; `websocket`: the broker waits for an HTTP request.
+
+        `pipe.client` is the stream for any client of your own that speaks MQTT on a Trio stream.
+        """
+        pipe = Pipe(options)
+        listener = ListenerOptions(type="websocket" if websocket else "tcp")
+        self.nursery.start_soon(self.clients.serve, pipe.broker, listener, "memory")
+        return pipe
+
+    async def open_stream(self, *, websocket: bool = False) -> PipeStream:
+        """Open a network connection and return the client's end of it."""
+        return (await self.open_pipe(websocket=websocket)).client
+
+    async def open_client(
+        self,
+        *,
+        version: ProtocolVersion = ProtocolVersion.MQTT_5_0,
+        websocket: bool = False,
+        pipe: PipeOptions | None = None,
+    ) -> TestClient:
+        """Open a network connection, over WebSocket where wanted, for a client that sends its packets itself."""
+        opened = await self.open_pipe(pipe, websocket=websocket)
+        stream: PipeStream | WebSocketStream = opened.client
+        if websocket:
+            stream = WebSocketStream(opened.client)
+            await stream.upgrade()
+        return TestClient(stream, ProtocolVersion(version), pipe=opened)
 
     async def connect(
         self,
         client_id: str = "",
         *,
         version: ProtocolVersion = ProtocolVersion.MQTT_5_0,
-        clean_start: bool = True,
-        keep_alive: int = 0,
-        will: Will | None = None,
+        websocket: bool = False,
+        pipe: PipeOptions | None = None,
         **fields: Any,
     ) -> TestClient:
-        """Connect a client and wait for its CONNACK (`client.connack`); `fields` are those of `Connect`."""
-        client = TestClient(await self.open_stream(), ProtocolVersion(version))
-        await client.send(
-            Connect(
-                client_id=client_id,
-                protocol_version=ProtocolVersion(version),
-                clean_start=clean_start,
-                keep_alive=keep_alive,
-                will=will,
-                **fields,
-            )
-        )
+        """Connect a client and wait for its CONNACK (`client.connack`).
+
+        `fields` are those of `Connect`: `clean_start`, `keep_alive`, `will`, `session_expiry_interval`, ...
+        """
+        client = await self.open_client(version=version, websocket=websocket, pipe=pipe)
+        await client.send(Connect(client_id=client_id, protocol_version=ProtocolVersion(version), **fields))
         client.connack = await client.expect(ConnAck)
         return client
+
+    async def reconnect(self, client: TestClient, **fields: Any) -> TestClient:
+        """Connect again with the Client Identifier and the CONNECT of `client`, Clean Start 0, and return a new client.
+
+        `fields` replace those of the CONNECT; `version`, `websocket` and `pipe` are those of `connect`. The broker
+        takes over from a connection that is still there. A 5.0 session outlives its connection only if the CONNECT had
+        a `session_expiry_interval`.
+        """
+        if client.connect_packet is None:
+            raise LocalProtocolError("a client that never sent a CONNECT cannot reconnect")
+        old = {field.name: getattr(client.connect_packet, field.name) for field in attrs.fields(Connect)}
+        old |= {"client_id": client.client_id, "clean_start": False, "version": old.pop("protocol_version")}
+        old["websocket"] = isinstance(client.stream, WebSocketStream)
+        again = await self.connect(**(old | fields))
+        again.go_on_after(client)
+        return again
 
 
 @asynccontextmanager
