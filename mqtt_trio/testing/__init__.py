@@ -23,6 +23,7 @@ from mqtt_trio.testing.client import PATIENCE as PATIENCE
 from mqtt_trio.testing.client import ConnectionEndedError as ConnectionEndedError
 from mqtt_trio.testing.client import NothingCameError as NothingCameError
 from mqtt_trio.testing.client import TestClient as TestClient
+from mqtt_trio.testing.gateway import FakeGateway as FakeGateway
 from mqtt_trio.testing.pipe import CAPACITY as CAPACITY
 from mqtt_trio.testing.pipe import Direction as Direction
 from mqtt_trio.testing.pipe import Pipe as Pipe

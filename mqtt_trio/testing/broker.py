@@ -22,6 +22,7 @@ from mqtt_trio.server.clients import Clients
 from mqtt_trio.server.listeners import ListenerOptions
 from mqtt_trio.server.timers import DeadlineTimer
 from mqtt_trio.testing.client import TestClient
+from mqtt_trio.testing.gateway import FakeGateway
 from mqtt_trio.testing.pipe import Pipe, PipeOptions, PipeStream
 from mqtt_trio.testing.websocket import WebSocketStream
 
@@ -108,6 +109,10 @@ class MemoryBroker:
         again = await self.connect(**(old | fields))
         again.go_on_after(client)
         return again
+
+    def add_gateway(self, *topic_filters: str) -> FakeGateway:
+        """Attach a gateway that sees what is published to `topic_filters` (everything by default)."""
+        return FakeGateway(self.host, topic_filters or ("#",), clock=self.utc_now)
 
 
 @asynccontextmanager
