@@ -1,4 +1,7 @@
-"""The command line [F3]: `mqtt-trio serve` (the default), `mqtt-trio check`. Exit codes: 0, 1 failure, 2 usage, 78."""
+"""The command line [F3]: `mqtt-trio serve` (the default), `check`, `pub`, `sub`.
+
+Exit codes: 0, 1 failure, 2 usage, 78 configuration; pub and sub add those of mosquitto's clients.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,11 @@ EXIT_FAILURE: Final = 1
 EXIT_CONFIG: Final = 78
 """EX_CONFIG of sysexits.h."""
 COMMANDS: Final = ("serve", "check")
+CLIENTS: Final = {
+    "pub": "publish messages, with the flags of mosquitto_pub",
+    "sub": "subscribe and print messages, with the flags of mosquitto_sub",
+}
+"""Commands that read their own arguments, in `mqtt_trio.commands.NAME`: they load no configuration."""
 
 EPILOG: Final = """\
 Without --config the defaults hold: TCP 1883 and WebSocket 8083 on 127.0.0.1, no archive, no Kafka.
@@ -41,6 +49,8 @@ def make_parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text, epilog=EPILOG)
         command.formatter_class = argparse.RawDescriptionHelpFormatter
         _add_config_options(command)
+    for name, text in CLIENTS.items():
+        commands.add_parser(name, help=text, add_help=False)
     return parser
 
 
@@ -98,7 +108,10 @@ def load(arguments: argparse.Namespace, environ: Mapping[str, str]) -> LoadedCon
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return its exit code."""
-    parsed = parse(sys.argv[1:] if arguments is None else list(arguments))
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    if given and given[0] in CLIENTS:
+        return int(importlib.import_module(f"mqtt_trio.commands.{given[0]}").run(given[1:]))
+    parsed = parse(given)
     try:
         loaded = load(parsed, os.environ)
         if parsed.command == "check":

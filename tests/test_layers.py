@@ -25,7 +25,9 @@ MAY_IMPORT = {
     "config": (*CORE, "archive", "server", "gateway"),
     "app": (*CORE, "archive", "server", "gateway", "config"),
     "testing": (*CORE, "archive", "server", "gateway", "config", "app"),
-    "__main__": (*CORE, "archive", "server", "gateway", "config", "app"),
+    # Clients and tools: they share the protocol with the broker, not the broker.
+    "commands": ("errors", "protocol"),
+    "__main__": (*CORE, "archive", "server", "gateway", "config", "app", "commands"),
 }
 """Layer of mqtt_trio -> the layers, or single modules, that it may import besides itself.
 
@@ -50,7 +52,7 @@ IMPURE = {
 
 ONLY_IN = {
     "kafka": {"gateways/kafka/workers.py", "gateways/kafka/security.py"},
-    "ssl": {"mqtt_trio/server/tls.py", "gateways/kafka/security.py"},
+    "ssl": {"mqtt_trio/server/tls.py", "mqtt_trio/commands/endpoint.py", "gateways/kafka/security.py"},
     "sqlite3": {"mqtt_trio/archive/sqlite.py", "mqtt_trio/archive/sqlite_file.py", "mqtt_trio/server/sqlite_store.py"},
 }
 """Library -> the modules that may import it: its blocking calls stay in their threads."""
@@ -145,6 +147,8 @@ def test_every_layer_is_known() -> None:
         ("mqtt_trio/server/x.py", "import sqlite3"),
         ("mqtt_trio/config_x.py", "from mqtt_trio.app import run"),
         ("mqtt_trio/app.py", "import gateways.kafka"),
+        ("mqtt_trio/app.py", "from mqtt_trio.commands import pub"),
+        ("mqtt_trio/commands/x.py", "from mqtt_trio.broker.message import Message"),
         ("gateways/kafka/bus.py", "from mqtt_trio.broker.tap import Tap"),
         ("gateways/kafka/bus.py", "from kafka import KafkaProducer"),
         ("gateways/kafka/bus.py", "from gateways.other import x"),
