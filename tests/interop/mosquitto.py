@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -78,3 +80,16 @@ def publish_lines(port: int, topic: str, lines: Sequence[str], *, version: str, 
             [*command, "-t", topic, "-l"], stdin=stdin, capture_output=True, timeout=4 * LIMIT, check=False
         )
     assert done.returncode == 0, (command, done.returncode, done.stdout, done.stderr)
+
+
+@contextmanager
+def broker(folder: Path, config: str = "") -> Iterator[int]:
+    """Run Debian's mosquitto on a free port of the loopback address; give the port."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    file = folder / "mosquitto.conf"
+    file.write_text(f"listener {port} 127.0.0.1\nallow_anonymous true\n{config}", encoding="utf-8")
+    with LineProcess([require_tool("mosquitto"), "-c", str(file)]) as process:
+        process.wait_for(r"mosquitto version .* running")
+        yield port
