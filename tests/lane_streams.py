@@ -99,6 +99,7 @@ class Recorder:
             tapped=rng.random() < 0.25,
             refuses=rng.random() < 0.3,
             ruled=rng.random() < 0.1,
+            kept=seed % 3 == 0,
         )
         self.identifiers = rng.random() < 0.2
         self.small = rng.random() < 0.15
@@ -123,6 +124,8 @@ class Recorder:
     def do(self, what: str, who: str = "", argument: Any = None) -> None:
         self.events.append((what, who, argument))
         self.world.do(what, who, argument)
+        if self.setup.kept and what != "commit" and self.rng.random() < 0.3:
+            self.do("commit")
 
     def connect(self, client: str, version: ProtocolVersion) -> None:
         rng = self.rng
@@ -176,6 +179,8 @@ class Recorder:
     def happen(self, client: str) -> None:
         rng = self.rng
         what = rng.choice(("cut", "freeze", "thaw", "thaw", "release", "stop", "go", "rights", "wait", "connect"))
+        if self.setup.kept and rng.random() < 0.3:
+            what = "fail" if rng.random() < 0.2 else "commit"
         if what == "connect":  # takes over
             self.connect(client, self.version(client))
         elif what == "release":

@@ -11,10 +11,13 @@ from mqtt_trio.broker.access import AllowEverything, Principal
 from mqtt_trio.broker.broker import Broker
 from mqtt_trio.broker.events import Event, MessageDropped
 from mqtt_trio.broker.fast_lane import FastLane
+from mqtt_trio.broker.journal import Journal
 from mqtt_trio.broker.limits import Limits
 from mqtt_trio.broker.message import Message
+from mqtt_trio.broker.recovery import Recovery
 from mqtt_trio.broker.session import Delivery, Inflight, Session
 from mqtt_trio.broker.shares import ShareGroup
+from mqtt_trio.broker.store import MemoryStore
 from mqtt_trio.broker.tap import Answer, FrameRun, Hold, Refused, TapRoute, read_run
 from mqtt_trio.protocol.codes import ProtocolVersion, ReasonCode
 from mqtt_trio.protocol.encode import encode
@@ -119,6 +122,8 @@ class Setup:
     tapped: bool = False
     refuses: bool = False
     ruled: bool = False
+    kept: bool = False
+    """Whether sessions that last are in a store; then events `commit` and `fail` say what becomes of changes."""
 
 
 class World:
@@ -133,7 +138,9 @@ class World:
             wall_offset=1000.0,
             authorizer=Rules() if setup.ruled else None,
             events=self._event,
+            journal=Journal() if setup.kept else None,
         )
+        self.store = MemoryStore()
         self.broker.connections.make_lane = lane
         self.setup = setup
         self.now = 0.0
@@ -195,10 +202,33 @@ class World:
             self.broker.resume_publishers(self)
         elif what == "rights":
             self.broker.rights_changed()
+        elif what == "commit":
+            self.commit()
+        elif what == "fail":
+            if self.broker.journal.dirty:
+                self.broker.keeper.failed(self.broker.keeper.take(), "no space", self.now)
         else:
             self.now += argument
         self._settle()
         self.trace.append(sum(len(link.sent) for link in self.links))
+
+    def commit(self) -> None:
+        """Have the store take what there is to take."""
+        if self.broker.journal.dirty:
+            batch = self.broker.keeper.take()
+            self.store.commit(batch)
+            self.broker.keeper.committed(self.now)
+
+    def restarted(self) -> dict[str, Any]:
+        """The state of the broker that the store would make."""
+        self.broker.retained.drop_expired(self.now + self.broker.wall_offset)
+        while self.broker.journal.dirty:  # a commit may let a publisher go on
+            self.commit()
+            self._settle()
+        world = World(FastLane, self.setup)
+        world.now = self.now
+        Recovery(world.broker, self.store.load(), self.now).run()
+        return world.state()
 
     def state(self) -> dict[str, Any]:
         """Everything that anybody could tell the two ways apart by."""
@@ -209,6 +239,14 @@ class World:
             "sent": {link.peer: link.sent for link in self.links},
             "ended": {link.peer: (link.ended, link.end_reason, link.end_text, link.paused) for link in self.links},
             "room": {link.peer: (link.outbox.room, link.outbox.starved) for link in self.links},
+            "held": {
+                link.peer: (
+                    link.outbox.held_acks,
+                    link.outbox.held_size,
+                    [(held.number, held.release()) for held in link.outbox.held],
+                )
+                for link in self.links
+            },
             "metrics": metrics,
             "dropped": self.dropped,
             "seen": self.tap.seen,
@@ -224,8 +262,9 @@ class World:
     def _group(group: ShareGroup) -> dict[str, Any]:
         return {
             "members": [(session.client_id, options) for session, options in group.members.items()],
+            "kept": group.number != 0,
             "turns": [session.client_id for session in group.turns],
-            "queue": [(d.qos, _told(d.message)) for d in group.queue],
+            "queue": [(d.qos, d.number != 0, _told(d.message)) for d in group.queue],
             "queue size": group.queue.size,
         }
 
@@ -233,10 +272,17 @@ class World:
         return {
             "inflight": [(packet_id, self._inflight(session, entry)) for packet_id, entry in session.inflight.items()],
             "resending": list(session.resending),
-            "queue": [(d.qos, d.retain, d.subscription_identifiers, _told(d.message)) for d in session.queue],
+            "queue": [
+                (d.qos, d.retain, d.subscription_identifiers, d.number != 0, _told(d.message)) for d in session.queue
+            ],
             "queue size": session.queue.size,
             "next_id": session.next_id,
             "received": session.received,
+            "received, kept": session.received_kept,
+            "kept": session.number != 0,
+            "expiry interval": session.expiry_interval,
+            "expiry": (session.ended_at, session.will_at),
+            "subscriptions": session.subscriptions,
             "acks": [(ack.frame, ack.qos, ack.packet_id, ack.waiting_for) for ack in session.acks],
         }
 
@@ -245,8 +291,9 @@ class World:
             entry = self.broker.sender.from_fast(entry, session, self.now)
         if isinstance(entry, Delivery):
             group = entry.group.name if entry.group is not None else None
-            return entry.qos, entry.retain, entry.subscription_identifiers, group, _told(entry.message)
-        return "released"
+            kept = entry.number != 0
+            return entry.qos, entry.retain, entry.subscription_identifiers, group, kept, _told(entry.message)
+        return "released", entry.number != 0
 
 
 def _told(message: Message) -> tuple[object, ...]:

@@ -35,6 +35,8 @@ class Fan:
 
     same: tuple[Session, ...]
     """They get the frame as it is but for its Packet Identifier: same version, full QoS."""
+    kept: tuple[Session, ...]
+    """The same, with sessions that the store has."""
     rest: tuple[tuple[bool, int, tuple[Session, ...]], ...]
     """They get it written anew: (whether in 5.0, at which QoS, who)."""
     apart: tuple[Member, ...]
@@ -63,11 +65,19 @@ class Audience:
     """How publishes at QoS 1 and 2 are delivered: of 3.x and 5.0 clients at QoS 1, then at QoS 2. `fan` makes one when
     it is first needed."""
 
+    @property
+    def kept(self) -> bool:
+        """Whether a message at QoS 1 or 2 must be in the store before it is acknowledged."""
+        return any(member.qos and member.session.number for member in self.members) or any(
+            group.number for group in self.groups
+        )
+
     def fan(self, kind: int) -> Fan:
         """Make `fans[kind]`."""
         qos, v5 = kind // 2 + 1, kind % 2 == 1
         copies: dict[tuple[bool, int], list[Session]] = {}
         apart = []
+        kept = []
         shares = {*self.slices[0], *self.slices[1]}
         for member in self.members:
             outbox = member.session.outbox
@@ -75,10 +85,17 @@ class Audience:
                 if outbox is not None or member.qos:  # nobody is owed a QoS 0 message while its client is away
                     apart.append(member)
                 continue
-            copies.setdefault((outbox.protocol_version == 5, min(qos, member.qos)), []).append(member.session)
+            copy = (outbox.protocol_version == 5, min(qos, member.qos))
+            if member.session.number and member.qos:
+                if copy == (v5, qos):
+                    kept.append(member.session)
+                else:
+                    apart.append(member)
+                continue
+            copies.setdefault(copy, []).append(member.session)
         same = copies.pop((v5, qos), [])
-        rest = tuple((*kind, tuple(sessions)) for kind, sessions in copies.items())
-        fan = self.fans[kind] = Fan(tuple(same), rest, tuple(apart))
+        rest = tuple((*copy, tuple(sessions)) for copy, sessions in copies.items())
+        fan = self.fans[kind] = Fan(tuple(same), tuple(kept), rest, tuple(apart))
         return fan
 
     def invalidate(self) -> None:

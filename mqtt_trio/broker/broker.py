@@ -21,13 +21,15 @@ from mqtt_trio.broker.connections import Connections
 from mqtt_trio.broker.delivery import Sender
 from mqtt_trio.broker.events import Event, EventSink, Subscribed, Unsubscribed
 from mqtt_trio.broker.inbound import Inbound
+from mqtt_trio.broker.journal import Journal
+from mqtt_trio.broker.keeper import Keeper
 from mqtt_trio.broker.limits import Limits
 from mqtt_trio.broker.message import Message
 from mqtt_trio.broker.metrics import Metrics
 from mqtt_trio.broker.outbox import ClientLink, Outbox
 from mqtt_trio.broker.retained import RetainedMessages
 from mqtt_trio.broker.router import Router, SubscriptionOptions
-from mqtt_trio.broker.session import RELEASED, Session, qos_of
+from mqtt_trio.broker.session import Session, qos_of
 from mqtt_trio.broker.shares import ShareGroup, Shares
 from mqtt_trio.broker.tap import FrameRun, Hold, Refused, Tap, TapRoute
 from mqtt_trio.errors import LocalProtocolError
@@ -79,6 +81,7 @@ class Broker:
         authorizer: Authorizer | None = None,
         authentication_methods: Sequence[AuthenticationMethod] = (),
         response_information: Callable[[Principal], str | None] | None = None,
+        journal: Journal | None = None,
     ) -> None:
         self.limits = limits
         self.random_id = random_id
@@ -90,6 +93,8 @@ class Broker:
         self.authorizer = authorizer or AllowEverything()
         self.response_information = response_information
         self._events = events
+        self.journal = journal or Journal(keeps=False)
+        """What the store is told."""
         self.router: Router[Session | ShareGroup] = Router()
         self.retained = RetainedMessages(limits.retained_messages)
         self.taps: list[Tap] = []
@@ -100,9 +105,11 @@ class Broker:
         self._audiences: dict[tuple[object, ...], Audience] = {}
         self.property_blocks: set[bytes] = set()
         """Property blocks that fast lanes found forwardable."""
-        self.sender = Sender(limits, self.metrics, wall_offset, self.emit)
+        self.sender = Sender(limits, self.metrics, wall_offset, self.emit, self.journal)
         if type(self.authorizer) is not AllowEverything:
             self.sender.may_receive = self.may_receive
+        self.keeper = Keeper(self)
+        self.retained.expired = self.keeper.retained_gone
         self.shares = Shares(self)
         self.sender.pull = self.shares.pull
         self.sender.share = self.shares.deliver
@@ -158,6 +165,11 @@ class Broker:
             touched.clear()
             for outbox in batch:
                 outbox.flush()
+        journal = self.journal
+        if journal.dirty:
+            if journal.size > journal.limit:
+                self.stop_publishers(journal)
+            journal.changed()
 
     def outbox(self) -> Outbox:
         """Make the outbox of a new link."""
@@ -273,9 +285,16 @@ class Broker:
         """Answer a publish that a tap refused; False when none did."""
         return self.inbound.refused(session, qos, packet_id, answers)
 
-    def acknowledge_later(self, session: Session, qos: int, packet_id: int, answers: Sequence[Hold | Refused]) -> None:
-        """Queue the acknowledgement of a publish until every Hold is released."""
-        self.inbound.acknowledge(session, qos, packet_id, answers)
+    def acknowledge_later(
+        self,
+        session: Session,
+        qos: int,
+        packet_id: int,
+        answers: Sequence[Hold | Refused],
+        kept: tuple[int, int] | None,
+    ) -> None:
+        """Queue the acknowledgement of a publish until every Hold is released and the store has what it must keep."""
+        self.inbound.acknowledge(session, qos, packet_id, answers, kept)
 
     def deliver_singly(
         self, run: FrameRun, members: Iterable[Member], groups: Iterable[ShareGroup], now: float
@@ -297,6 +316,13 @@ class Broker:
         self.metrics.packets_sent += 1
         link.outbox.put(frame)
 
+    def reply_kept(self, link: ClientLink, packet: SubAck | UnsubAck) -> None:
+        """Confirm subscriptions once the store has them, where the session is kept; while the store fails, at once."""
+        if link.session is None or not link.session.number or self.journal.failing is not None:
+            self.reply(link, packet)
+        else:
+            self.journal.hold(link.outbox).replies.append(link.connection.encode(packet))
+
     def _puback(self, link: ClientLink, session: Session, packet: Packet, now: float) -> bool:
         assert isinstance(packet, PubAck)
         self.sender.acknowledged(session, packet.packet_id, PacketType.PUBACK, now)
@@ -310,9 +336,8 @@ class Broker:
         elif packet.reason_code >= 0x80:  # [MQTT5-4.3.3-4]: the message is at its end
             self.sender.finished(session, packet.packet_id, now)
         else:
-            session.inflight[packet.packet_id] = RELEASED
-            session.resending.pop(packet.packet_id, None)
-            self.reply(link, PubRel(packet.packet_id))
+            released = self.sender.release(session, packet.packet_id)
+            self.sender.put_pubrel(link.outbox, packet.packet_id, released)
         return True
 
     def _pubcomp(self, link: ClientLink, session: Session, packet: Packet, now: float) -> bool:
@@ -343,7 +368,7 @@ class Broker:
             # 3.1 has no code for a failure; it gets what it asked for confirmed, as from mosquitto, and no messages.
             asked = [ReasonCode(subscription.qos) for subscription in packet.subscriptions]
             codes = [qos if code >= 0x80 else code for code, qos in zip(codes, asked, strict=True)]
-        self.reply(link, SubAck(packet.packet_id, tuple(codes)))
+        self.reply_kept(link, SubAck(packet.packet_id, tuple(codes)))
         for options in wanted:
             self.bursts.begin(session, options, now)
         if shared:
@@ -362,6 +387,8 @@ class Broker:
         if not self.authorizer.may_subscribe(self.principal(session), inner_filter):
             return ReasonCode.NOT_AUTHORIZED, False
         session.subscriptions[topic_filter] = options
+        if session.number:
+            self.keeper.subscribed(session, options)
         if share_name is not None:
             self.shares.join(session, options)
         else:
@@ -393,10 +420,12 @@ class Broker:
             else:
                 self.router.unsubscribe(topic_filter, session)
                 session.forget_routes()
+            if session.number:
+                self.keeper.unsubscribed(session, topic_filter)
             self.metrics.subscriptions -= 1
             codes.append(ReasonCode.SUCCESS)
             self.emit(Unsubscribed(at=now + self.wall_offset, client_id=session.client_id, topic_filter=topic_filter))
-        self.reply(link, UnsubAck(packet.packet_id, tuple(codes)))
+        self.reply_kept(link, UnsubAck(packet.packet_id, tuple(codes)))
         return True
 
     # Publishing from inside

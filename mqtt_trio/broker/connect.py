@@ -159,6 +159,7 @@ class Handshakes:
             return
         session, present = connections.open(link, packet, client_id, now)
         session.user_name = principal.user_name
+        broker.keeper.attached(session)
         self._accept(link, session, packet, self._connack(link, session, packet, granted, present), now)
         if present:
             broker.sender.resend(session, now)

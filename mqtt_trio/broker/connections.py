@@ -87,8 +87,6 @@ class Connections:
         else:
             session.expiry_interval = 0 if packet.clean_start else limits.session_expiry_interval
         session.will = packet.will
-        if packet.clean_start:
-            session.received.clear()
         link.session = session
 
     # The end of a connection
@@ -130,17 +128,21 @@ class Connections:
         expiry = session.expiry_interval
         if session.shares and expiry:
             broker.shares.left(session, now)
+        session.ended_at = now
         session.deadline = None if expiry == NEVER else now + expiry
         session.will_at = will_due_at(session, now)
         if session.will_at is not None:
             if session.will_at <= now:
                 publish_will(self.broker, session, now)
             else:
-                self._schedule(session.will_at, session)
+                self.schedule(session.will_at, session)
         if expiry == 0:
             self._end_session(session, now)
-        elif session.deadline is not None:
-            self._schedule(session.deadline, session)
+        else:
+            if session.deadline is not None:
+                self.schedule(session.deadline, session)
+            if session.number:
+                broker.keeper.changed(session)
 
     def _end_session(self, session: Session, now: float) -> None:
         """Remove a session with all that belongs to it; a Will that still waits is due [MQTT5-3.1.2-8]."""
@@ -151,6 +153,8 @@ class Connections:
         self.sessions.pop(session.client_id, None)
         if session.shares:
             broker.shares.ended(session, now)
+        if session.number:
+            broker.keeper.ended(session)
         broker.router.unsubscribe_all(session.subscriptions, session)
         session.forget_routes()
         metrics = broker.metrics
@@ -162,7 +166,8 @@ class Connections:
 
     # Deadlines
 
-    def _schedule(self, deadline: float, session: Session) -> None:
+    def schedule(self, deadline: float, session: Session) -> None:
+        """Have `run_deadlines` look at a session at `deadline`."""
         if len(self._deadlines) > 4 * len(self.sessions) + 64:
             # Clients that come and go leave an entry each time, which would stay until its expiry comes up.
             self._deadlines = [entry for entry in self._deadlines if entry[0] in (entry[2].will_at, entry[2].deadline)]
@@ -186,6 +191,8 @@ class Connections:
             session = heapq.heappop(self._deadlines)[2]
             if session.will_at is not None and session.will_at <= now:
                 publish_will(self.broker, session, now)
+                if session.number:
+                    self.broker.keeper.changed(session)
             if session.deadline is not None and session.deadline <= now:
                 self.broker.metrics.sessions_expired += 1
                 self.broker.emit(

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from mqtt_trio.broker.audience import Audience, Member
 from mqtt_trio.broker.events import MessageDropped
+from mqtt_trio.broker.journal import RELEASED as RELEASED_FLAG
+from mqtt_trio.broker.journal import RETAIN, Journal
 from mqtt_trio.broker.limits import Limits
 from mqtt_trio.broker.message import Message
 from mqtt_trio.broker.metrics import Metrics
 from mqtt_trio.broker.outbox import Outbox
 from mqtt_trio.broker.queues import MessageQueue
-from mqtt_trio.broker.session import RELEASED, Delivery, FastDelivery, Released, Session, qos_of
+from mqtt_trio.broker.session import RELEASED, Delivery, FastDelivery, Released, Session, number_of, qos_of
 from mqtt_trio.broker.shares import ShareGroup
 from mqtt_trio.broker.tap import FrameRun, read_run
 from mqtt_trio.protocol.codes import PacketType, ProtocolVersion, QoS
@@ -31,11 +33,12 @@ Encodings: TypeAlias = dict[tuple[int, int, bool, tuple[int, ...], tuple[int, bo
 class Sender:
     """The outbound half of the broker: everything that fills outboxes with messages."""
 
-    def __init__(self, limits: Limits, metrics: Metrics, wall_offset: float, drop: Drop) -> None:
+    def __init__(self, limits: Limits, metrics: Metrics, wall_offset: float, drop: Drop, journal: Journal) -> None:
         self.limits = limits
         self.metrics = metrics
         self.wall_offset = wall_offset
         self.drop = drop
+        self.journal = journal
         self.may_receive: Callable[[Session, str], bool] | None = None
         """Asked again before a message leaves a queue or is repeated, as rights may have been revoked since it was
         routed; None: everybody may receive everything."""
@@ -87,10 +90,10 @@ class Sender:
             or session.resending
             or session.bursts
             or len(session.inflight) >= session.send_maximum
-            or outbox.room <= 0
+            or outbox.room <= outbox.held_size
         ):
-            self.enqueue(session.queue, delivery, session, now)
-            if outbox is not None and outbox.room <= 0:
+            self.enqueue(delivery, session, now)
+            if outbox is not None and outbox.room <= outbox.held_size:
                 outbox.starved = True
             return
         self._send_acknowledged(session, outbox, delivery, encodings, now)
@@ -118,26 +121,68 @@ class Sender:
     ) -> None:
         """Send one QoS 1 or 2 delivery; the caller has seen a free slot and room."""
         packet_id = session.take_id()
-        frame = self._frame(delivery, outbox, encodings, packet_id, now)
+        waits = delivery.qos == 2 and session.number != 0  # for the store to have its Packet Identifier
+        frame = self._frame(delivery, outbox, encodings, packet_id, now, plain=waits)
         if frame is None:
+            if delivery.number:
+                self.journal.done(delivery.number)
             return
         session.inflight[packet_id] = delivery
-        self._put(outbox, frame)
+        if session.number or delivery.group is not None:
+            self._keep(session, delivery, packet_id)
+        if waits:
+            self.journal.hold(outbox).publishes[packet_id] = frame
+            outbox.held_size += len(frame)
+        else:
+            self._put(outbox, frame)
         if delivery.qos == 1:
             self.metrics.messages_sent_qos1 += 1
         else:
             self.metrics.messages_sent_qos2 += 1
 
+    def _keep(self, session: Session, delivery: Delivery, packet_id: int) -> None:
+        """Note that a delivery goes out under `packet_id`.
+
+        What a share group hands out at QoS 1 stays the group's until it is acknowledged, so that another member gets it
+        after a crash. A QoS 2 delivery that has begun belongs to its member, and ends with its session [MQTT5-4.8.2-5].
+        """
+        journal, group = self.journal, delivery.group
+        if group is not None and delivery.qos == 1:
+            if group.number and not delivery.number:
+                journal.add(group.number, delivery, 0)
+            return
+        if delivery.number and (group is not None or not session.number):  # it was the group's
+            journal.done(delivery.number)
+            delivery.number = 0
+        if not session.number:
+            return
+        if delivery.number:
+            journal.move(delivery.number, session.number, packet_id, delivery.qos | RETAIN * delivery.retain)
+        else:
+            journal.add(session.number, delivery, packet_id)
+
     def _frame(
-        self, delivery: Delivery, outbox: Outbox, encodings: Encodings, packet_id: int, now: float, dup: bool = False
+        self,
+        delivery: Delivery,
+        outbox: Outbox,
+        encodings: Encodings,
+        packet_id: int,
+        now: float,
+        *,
+        dup: bool = False,
+        plain: bool = False,
     ) -> bytes | None:
         """Encode one copy, or None when this receiver must not get it (expired, too large).
 
-        Whoever puts the frame into an outbox with aliases tells them so with `sent`.
+        Whoever puts the frame into an outbox with aliases tells them so with `sent`. `plain`: without a Topic Alias,
+        because the frame waits and others overtake it.
         """
         alias, known = 0, False
         if outbox.aliases is not None:
-            alias, known = outbox.aliases.propose(delivery.message.topic_name)
+            if plain:
+                outbox.aliases.withdraw()
+            else:
+                alias, known = outbox.aliases.propose(delivery.message.topic_name)
         encoded = self._encoded(delivery, outbox, encodings, (alias, known), now, dup)
         if encoded is not None and encoded.size > outbox.maximum_packet_size and outbox.aliases is not None and alias:
             outbox.aliases.withdraw()  # an alias may take more than it saves
@@ -191,12 +236,16 @@ class Sender:
         if outbox.aliases is not None:
             outbox.aliases.sent()
 
-    def enqueue(self, queue: MessageQueue, delivery: Delivery, session: Session | None, now: float) -> None:
-        """Have a delivery wait; what the bounds of the queue push out is dropped and counted. `session`: whose queue it
-        is, None for a share group's."""
-        dropped = queue.add(delivery, self.limits)
+    def enqueue(self, delivery: Delivery, owner: Session | ShareGroup, now: float) -> None:
+        """Have a delivery wait; what the bounds of the queue push out is dropped and counted."""
+        dropped = owner.queue.add(delivery, self.limits)
         self.metrics.messages_queued += 1 - len(dropped)
+        if owner.number and delivery not in dropped:
+            self.journal.add(owner.number, delivery, 0)
+        session = owner if isinstance(owner, Session) else None
         for lost in dropped:
+            if lost.number:
+                self.journal.done(lost.number)
             self.dropped("queue_full", session, lost.message, now)
 
     def taken(self, queue: MessageQueue) -> Delivery:
@@ -211,7 +260,7 @@ class Sender:
             return
         outbox.starved = bool(session.bursts) and not self.bursts.send_unacknowledged(session, outbox, now)
         while session.resending and len(session.inflight) - len(session.resending) < session.send_maximum:
-            if outbox.room <= 0:
+            if outbox.room <= outbox.held_size:
                 outbox.starved = True
                 return
             self._repeat(session, outbox, session.resending.popitem(last=False)[0], now)
@@ -225,7 +274,7 @@ class Sender:
                 continue
             if len(session.inflight) >= session.send_maximum:
                 return
-            if outbox.room <= 0:
+            if outbox.room <= outbox.held_size:
                 outbox.starved = True
                 return
             if bursts:
@@ -233,6 +282,8 @@ class Sender:
             delivery = self.taken(queue)
             if not self._revoked(session, delivery.message, now):
                 self._send_acknowledged(session, outbox, delivery, {}, now)
+            elif delivery.number:
+                self.journal.done(delivery.number)
         if session.shares:
             self.pull(session, now)
 
@@ -247,8 +298,7 @@ class Sender:
     def _repeat(self, session: Session, outbox: Outbox, packet_id: int, now: float) -> None:
         entry = session.inflight[packet_id]
         if isinstance(entry, Released):
-            outbox.put(encode(PubRel(packet_id), ProtocolVersion(outbox.protocol_version)))
-            self.metrics.packets_sent += 1
+            self.put_pubrel(outbox, packet_id, entry)
             return
         assert isinstance(entry, Delivery)
         if self._revoked(session, entry.message, now):
@@ -256,11 +306,16 @@ class Sender:
             return
         # What was sent once keeps its id until it is acknowledged, also when it is expired by now: the client may
         # hold the id of a QoS 2 message, and would take a new message under it for this one.
-        frame = self._frame(entry, outbox, {}, packet_id, now, dup=True)
+        waits = entry.qos == 2 and entry.number != 0
+        frame = self._frame(entry, outbox, {}, packet_id, now, dup=True, plain=waits)
         if frame is None:
             self._withdraw(session, outbox, packet_id, entry)
             return
-        self._put(outbox, frame)
+        if waits:  # the store may not have its Packet Identifier yet
+            self.journal.hold(outbox).publishes[packet_id] = frame
+            outbox.held_size += len(frame)
+        else:
+            self._put(outbox, frame)
         if entry.qos == 1:
             self.metrics.messages_sent_qos1 += 1
         else:
@@ -278,17 +333,37 @@ class Sender:
         take a new message under it for this one: PUBREL makes it let go, its PUBCOMP frees the id."""
         if entry.qos == 1:
             del session.inflight[packet_id]
+            if entry.number:
+                self.journal.done(entry.number)
             return
-        session.inflight[packet_id] = RELEASED
-        outbox.put(encode(PubRel(packet_id), ProtocolVersion(outbox.protocol_version)))
+        self.put_pubrel(outbox, packet_id, self.release(session, packet_id))
+
+    def release(self, session: Session, packet_id: int) -> Released:
+        """Of a QoS 2 delivery only PUBREL is owed from now on."""
+        number = number_of(session.inflight[packet_id])
+        released = RELEASED
+        if number:
+            released = Released(number)
+            self.journal.move(number, session.number, packet_id, 2 | RELEASED_FLAG)
+        session.inflight[packet_id] = released
+        session.resending.pop(packet_id, None)
+        return released
+
+    def put_pubrel(self, outbox: Outbox, packet_id: int, released: Released) -> None:
+        """Send PUBREL once the store knows of the PUBREC, where it has the delivery."""
+        frame = encode(PubRel(packet_id), ProtocolVersion(outbox.protocol_version))
+        if released.number:
+            self.journal.hold(outbox).frames.append(frame)  # counted when it leaves
+            return
+        outbox.put(frame)
         self.metrics.packets_sent += 1
 
     def from_fast(self, entry: FastDelivery, session: Session, now: float) -> Delivery:
         """Make an ordinary delivery of one that the fast lane sent."""
-        head, tail, version = entry
+        head, tail, version, number = entry
         qos = qos_of(entry)
         run = FrameRun(head + b"\0\1" + tail, 1, qos, ProtocolVersion(version), "", now + self.wall_offset)
-        return Delivery(read_run(run)[0], qos)
+        return Delivery(read_run(run)[0], qos, number=number)
 
     def acknowledged(self, session: Session, packet_id: int, packet_type: PacketType, now: float) -> bool:
         """A PUBACK or PUBCOMP came: free its slot. False when no such delivery waits for it."""
@@ -298,14 +373,16 @@ class Sender:
         if packet_type is PacketType.PUBACK:
             if qos_of(entry) != 1:
                 return False
-        elif entry is not RELEASED:
+        elif not isinstance(entry, Released):
             return False
         self.finished(session, packet_id, now)
         return True
 
     def finished(self, session: Session, packet_id: int, now: float) -> None:
         """A delivery is at its end: its slot and its Packet Identifier are free."""
-        del session.inflight[packet_id]
+        entry = session.inflight.pop(packet_id)
+        if number := number_of(entry):
+            self.journal.done(number)
         if session.resending:
             session.resending.pop(packet_id, None)
         if session.waiting:

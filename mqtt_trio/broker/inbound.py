@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from mqtt_trio.broker.message import Message
-from mqtt_trio.broker.outbox import ClientLink
+from mqtt_trio.broker.outbox import ClientLink, Outbox
 from mqtt_trio.broker.session import PendingAck, Session
 from mqtt_trio.broker.tap import Hold, Refused, TapRoute
 from mqtt_trio.protocol.codes import ProtocolVersion, ReasonCode
@@ -51,6 +51,12 @@ class Inbound:
         )
         self._count(packet.qos)
         audience = broker.audience(message.topic_name, session.client_id)
+        journal = broker.journal
+        if journal.failing is not None and packet.qos and (packet.retain or audience.kept):
+            broker.metrics.refused_by_store += 1
+            self.refuse_unkept(session, packet.qos, packet.packet_id or 0)
+            return True
+        before = journal.last_number
         answers = self.show(audience.taps, message)
         if answers and self.refused(session, packet.qos, packet.packet_id or 0, answers):
             return True
@@ -60,7 +66,10 @@ class Inbound:
             self.retain(message)
         broker.sender.deliver(message, audience, now)
         if packet.qos:
-            self.acknowledge(session, packet.qos, packet.packet_id or 0, answers)
+            kept = None
+            if journal.last_number != before or (packet.retain and journal.keeps):
+                kept = (before, journal.last_number)
+            self.acknowledge(session, packet.qos, packet.packet_id or 0, answers, kept)
         if link.lane is not None:
             link.lane.learn(message.topic_name, audience)
         return True
@@ -72,14 +81,15 @@ class Inbound:
             broker.stall(link)
             return False
         limit, received = broker.limits.receive_maximum, session.received
+        known = len(received) + link.outbox.held_acks
         # Counting what waits takes time for each of its members, so only where the sum may be reached.
-        if len(received) + len(session.acks) >= limit and (
-            len(received) + sum(ack.qos == 1 or ack.packet_id not in received for ack in session.acks) >= limit
+        if known + len(session.acks) >= limit and (
+            known + sum(ack.qos == 1 or ack.packet_id not in received for ack in session.acks) >= limit
         ):
             if link.connection.protocol_version == ProtocolVersion.MQTT_5_0:
                 link.end(ReasonCode.RECEIVE_MAXIMUM_EXCEEDED, "more than Receive Maximum unacknowledged messages")
                 return False
-            if session.acks:
+            if session.acks or link.outbox.held_acks:
                 broker.stall(link)
                 return False
         return True
@@ -91,6 +101,8 @@ class Inbound:
         kept = retained.set(message)
         if not kept and retained.drop_expired(message.published_at):
             kept = retained.set(message)  # expired ones were in the way
+        if kept and broker.journal.keeps:
+            broker.keeper.retained(message)
         broker.metrics.retained_refused += not kept
         broker.metrics.retained_messages = len(broker.retained)
 
@@ -108,20 +120,40 @@ class Inbound:
                 return True
         return False
 
-    def acknowledge(self, session: Session, qos: int, packet_id: int, answers: Sequence[Hold | Refused]) -> None:
-        """Send PUBACK or PUBREC, or queue it behind what it has to wait for."""
+    def acknowledge(
+        self,
+        session: Session,
+        qos: int,
+        packet_id: int,
+        answers: Sequence[Hold | Refused],
+        kept: tuple[int, int] | None = None,
+    ) -> None:
+        """Send PUBACK or PUBREC, or queue it behind what it has to wait for. `kept`: the store must have these
+        deliveries first."""
         link = session.link
-        assert link is not None
+        if link is None:
+            return  # the delivery ended its own publisher
+        if qos == 2 and kept is not None and session.number and packet_id in session.received:
+            self.broker.keeper.received(session, packet_id, True)
         holds = [answer for answer in answers if isinstance(answer, Hold)]
         packet = PubAck(packet_id) if qos == 1 else PubRec(packet_id)
         if not holds and not session.acks:
-            self.broker.reply(link, packet)
+            if kept is not None or link.outbox.held:
+                self.hold(link.outbox, qos, packet_id, kept)
+            else:
+                self.broker.reply(link, packet)
             return
         negative = partial(self._negative, session, qos, packet_id)
-        ack = PendingAck(link.connection.encode(packet), qos, packet_id, len(holds), negative)
+        ack = PendingAck(link.connection.encode(packet), qos, packet_id, len(holds), negative, kept=kept)
         session.acks.append(ack)
         for hold in holds:
             hold.when_released(partial(self._released, session, link, ack, hold))
+
+    def hold(self, outbox: Outbox, qos: int, packet_id: int, kept: tuple[int, int] | None) -> None:
+        """Have an answer wait for the store, or for answers that do."""
+        first, last = kept or (0, 0)
+        self.broker.journal.hold(outbox).acks.append((qos, packet_id, first, last))
+        outbox.held_acks += qos == 1
 
     def _released(self, session: Session, link: ClientLink, ack: PendingAck, hold: Hold) -> None:
         """One hold of one acknowledgement was released: send what may go now, in order."""
@@ -132,16 +164,20 @@ class Inbound:
         acks = session.acks
         while acks and acks[0].waiting_for == 0:
             ack = acks.popleft()
+            if ack.refused is None and (ack.kept is not None or link.outbox.held):
+                self.hold(link.outbox, ack.qos, ack.packet_id, ack.kept)
+                continue
             frame = ack.frame if ack.refused is None else ack.on_refused(ack.refused)
             if frame:
-                link.outbox.put(frame)
-                self.broker.metrics.packets_sent += 1
+                self._put_answer(link, frame)
         if len(acks) < self.broker.limits.receive_maximum:
             self.broker.unstall(link)
 
     def _negative(self, session: Session, qos: int, packet_id: int, reason_code: ReasonCode) -> bytes:
         """The frame that says no, or nothing after ending a 3.x client, whose version has none."""
         session.received.discard(packet_id)
+        if packet_id in session.received_kept and qos == 2:
+            self.broker.keeper.received(session, packet_id, False)
         link = session.link
         assert link is not None
         if link.connection.protocol_version != ProtocolVersion.MQTT_5_0:
@@ -166,8 +202,24 @@ class Inbound:
                     PendingAck(frame, qos, packet_id, 0, partial(self._negative, session, qos, packet_id))
                 )
             else:
-                link.outbox.put(frame)
-                self.broker.metrics.packets_sent += 1
+                self._put_answer(link, frame)
+
+    def _put_answer(self, link: ClientLink, frame: bytes) -> None:
+        """Send a negative answer, behind answers that wait for the store."""
+        if link.outbox.held:
+            self.broker.journal.hold(link.outbox).acks.append(frame)
+            return
+        link.outbox.put(frame)
+        self.broker.metrics.packets_sent += 1
+
+    def refuse_unkept(self, session: Session, qos: int, packet_id: int) -> None:
+        """Say no to a publish that the store, which takes nothing, would have to keep."""
+        link = session.link
+        assert link is not None
+        if link.connection.protocol_version == ProtocolVersion.MQTT_5_0:
+            self._refuse(session, qos, packet_id, ReasonCode.QUOTA_EXCEEDED)
+        else:
+            self.broker.keeper.refuse(session, qos, packet_id)
 
     def _refuse_topic(self, link: ClientLink, session: Session, packet: Publish) -> None:
         """A Topic Name is not malformed, but not accepted here: that alone is worth telling at QoS 0 as well."""
@@ -181,7 +233,8 @@ class Inbound:
         """A QoS 2 message came again: the same answer, no second delivery [MQTT5-4.3.3-10]."""
         if any(ack.qos == 2 and ack.packet_id == packet.packet_id for ack in session.acks):
             return  # its first PUBREC is still on the way
-        self.acknowledge(session, 2, packet.packet_id or 0, ())
+        kept = (0, 0) if packet.packet_id in session.received_kept else None  # the store may not have it yet
+        self.acknowledge(session, 2, packet.packet_id or 0, (), kept)
 
     def pubrel(self, link: ClientLink, session: Session, packet: Packet, now: float) -> bool:
         """The publisher lets go of a QoS 2 Packet Identifier [MQTT5-4.3.3-11]."""
@@ -189,7 +242,12 @@ class Inbound:
         known = packet.packet_id in session.received
         session.received.discard(packet.packet_id)
         code = ReasonCode.SUCCESS if known else ReasonCode.PACKET_IDENTIFIER_NOT_FOUND
-        self.broker.reply(link, PubComp(packet.packet_id, code))
+        answer = PubComp(packet.packet_id, code)
+        if packet.packet_id in session.received_kept:
+            self.broker.keeper.received(session, packet.packet_id, False)
+            self.broker.journal.hold(link.outbox).frames.append(link.connection.encode(answer))
+        else:
+            self.broker.reply(link, answer)
         return True
 
     def _count(self, qos: int) -> None:

@@ -5,17 +5,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 from mqtt_trio.broker.audience import Audience, Fan, Member
+from mqtt_trio.broker.journal import SHARED_SIZE, Tail
 from mqtt_trio.broker.lane_acks import PUBACK, PUBREC
 from mqtt_trio.broker.lane_frames import body_of, head_at
 from mqtt_trio.broker.outbox import Outbox
-from mqtt_trio.broker.session import Session
+from mqtt_trio.broker.session import FastDelivery, Session
 from mqtt_trio.broker.tap import FrameRun, Hold, Refused
 from mqtt_trio.protocol.wire import PACKET_IDS
 
 if TYPE_CHECKING:
     from mqtt_trio.broker.fast_lane import FastLane
 
-NOBODY: Final = Fan((), (), ())
+NOBODY: Final = Fan((), (), (), ())
 
 Copy: TypeAlias = tuple[int, bytes, bytes, int, bytes, tuple[Session, ...]]
 """A frame written anew for some: QoS, what stands before the Packet Identifier, what takes the place of the first bytes
@@ -26,8 +27,10 @@ def take_publishes(lane: FastLane, data: bytes, pos: int, end: int, now: float) 
     """Deliver and acknowledge PUBLISH packets of one QoS that lie side by side; return where the first one begins that
     is left to the full path. Per packet it does what `Inbound.publish` and `Sender.deliver` do, in their order."""
     broker, session, mine, v5 = lane.broker, lane.session, lane.outbox, lane.v5
-    touched, received, acks = broker.touched, session.received, session.acks
+    touched, received, acks, journal = broker.touched, session.received, session.acks, broker.journal
     limit = broker.limits.receive_maximum
+    if journal.failing is not None:
+        return pos  # who gets a negative answer is for the full path to say
     first = data[pos]
     qos = first >> 1 & 3
     answer = PUBACK if qos == 1 else PUBREC
@@ -38,7 +41,7 @@ def take_publishes(lane: FastLane, data: bytes, pos: int, end: int, now: float) 
     copies: list[Copy] | None = None
     count = sent = replied = 0
     # Where this sum reaches Receive Maximum, the full path counts more exactly and knows what follows.
-    while end - pos >= 7 and not broker.stopped and len(received) + len(acks) < limit:
+    while end - pos >= 7 and not broker.stopped and len(received) + len(acks) + mine.held_acks < limit:
         if audience is None or pos + total > end or not data.startswith(head, pos):
             found = _measure(lane, data, pos, end, first)
             if found is None:
@@ -75,7 +78,8 @@ def take_publishes(lane: FastLane, data: bytes, pos: int, end: int, now: float) 
         if qos == 2:
             received.add(number)  # [MQTT5-4.3.3-10]
         tail = data[at:stop]
-        entry = (head, tail, version)
+        entry = (head, tail, version, 0)
+        before = journal.last_number
         late: list[Member] | None = None
         for receiver in fan.same:
             outbound, inflight = receiver.next_id, receiver.inflight
@@ -99,6 +103,9 @@ def take_publishes(lane: FastLane, data: bytes, pos: int, end: int, now: float) 
             frames += (head, PACKET_IDS[outbound], tail)
             outbox.room -= total
             sent += 1
+        if fan.kept:
+            late, out = _send_kept(lane, fan.kept, entry, data[start:stop], late, now)
+            sent += out
         if fan.rest:
             if copies is None:
                 copies = _copies(fan, head, block, v5)
@@ -107,8 +114,19 @@ def take_publishes(lane: FastLane, data: bytes, pos: int, end: int, now: float) 
             if run is None:
                 run = FrameRun(data[start:stop], 1, qos, lane.version, session.client_id, now + broker.wall_offset)
             broker.deliver_singly(run, (*(late or ()), *fan.apart), audience.groups, now)
-        if answers or acks:
-            broker.acknowledge_later(session, qos, number, answers or ())
+        if journal.last_number != before:
+            if not answers and not acks:
+                if qos == 2 and session.number:
+                    broker.keeper.received(session, number, True)
+                journal.hold(mine).acks.append((qos, number, before, journal.last_number))
+                mine.held_acks += qos == 1
+                continue
+            broker.acknowledge_later(session, qos, number, answers or (), (before, journal.last_number))
+            if mine.session is None:
+                break
+            continue
+        if answers or acks or mine.held:
+            broker.acknowledge_later(session, qos, number, answers or (), None)
             if mine.session is None:
                 break  # a Hold that was released as refused before we came ended a 3.x client
             continue
@@ -129,6 +147,52 @@ def take_publishes(lane: FastLane, data: bytes, pos: int, end: int, now: float) 
         metrics.messages_received_qos2 += count
         metrics.messages_sent_qos2 += sent
     return pos
+
+
+def _send_kept(
+    lane: FastLane,
+    sessions: tuple[Session, ...],
+    entry: FastDelivery,
+    frame: bytes,
+    late: list[Member] | None,
+    now: float,
+) -> tuple[list[Member] | None, int]:
+    """Send a message to sessions that the store has, at QoS 2 once it has the delivery; add whoever must wait to `late`
+    and return it with how many it went to."""
+    journal = lane.broker.journal
+    head, behind, version, _ = entry
+    qos, size = head[0] >> 1 & 3, len(frame)
+    row: Tail | None = None
+    sent = 0
+    for receiver in sessions:
+        outbound, inflight = receiver.next_id, receiver.inflight
+        outbox: Outbox = receiver.outbox  # type: ignore[assignment]  # nobody here is offline
+        if (
+            receiver.queue
+            or receiver.resending
+            or receiver.bursts
+            or len(inflight) >= receiver.send_maximum
+            or outbound in inflight
+            or outbox.room - outbox.held_size < size
+        ):
+            late = late or []
+            late.append(Member(receiver, qos, False, ()))
+            continue
+        if row is None:
+            content = journal.share(frame) if len(sessions) > 1 and size > SHARED_SIZE else 0
+            row = (qos, None, version, now + lane.broker.wall_offset, content, None if content else frame)
+        receiver.next_id = outbound + 1 if outbound < 65_535 else 1
+        inflight[outbound] = (head, behind, version, journal.append(receiver.number, outbound, row))
+        if qos == 2:
+            journal.hold(outbox).publishes[outbound] = b"".join((head, PACKET_IDS[outbound], behind))
+            outbox.held_size += size
+        else:
+            if not outbox.frames:
+                lane.broker.touched.append(outbox)
+            outbox.frames += (head, PACKET_IDS[outbound], behind)
+            outbox.room -= size
+        sent += 1
+    return late, sent
 
 
 def _measure(lane: FastLane, data: bytes, pos: int, end: int, first: int) -> tuple[int, int, Audience] | None:
@@ -168,7 +232,7 @@ def _send_copies(
     metrics, version = lane.broker.metrics, 5 if lane.v5 else 4
     for qos, head, put, cut, kept, sessions in copies:
         behind = put + tail[cut:]
-        entry = (kept, tail, version)  # with all properties: the next connection may be of another version
+        entry = (kept, tail, version, 0)  # with all properties: the next connection may be of another version
         frame = b"" if qos else head + behind
         size = len(head) + 2 + len(behind)
         sent = 0

@@ -49,6 +49,11 @@ class Metrics:
     wills_published: int = 0
     """Will Messages published."""
 
+    store_commits: int = 0
+    """Batches of changes that the store has taken."""
+    store_failures: int = 0
+    """Times that the store could not take a batch; it is offered again."""
+
     bytes_received: int = 0
     """Bytes read from clients, WebSocket framing included."""
     bytes_sent: int = 0
@@ -82,6 +87,8 @@ class Metrics:
     """Messages that the Authorizer refused, from a publisher or towards a subscriber."""
     dropped_session_ended: int = 0
     """Messages in the queue of a session that ended."""
+    refused_by_store: int = 0
+    """QoS 1 and 2 messages that got a negative answer, or ended their 3.x publisher: the store takes nothing."""
     dropped_by_tap: int = 0
     """Messages that a tap (archive, bus, gateway) refused, so that nobody got them."""
     retained_refused: int = 0

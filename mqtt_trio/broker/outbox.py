@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
@@ -11,6 +12,7 @@ from mqtt_trio.protocol.connection import ServerConnection
 if TYPE_CHECKING:
     from mqtt_trio.broker.aliases import OutboundAliases
     from mqtt_trio.broker.fast_lane import FastLane
+    from mqtt_trio.broker.journal import Held
     from mqtt_trio.broker.session import Session
 
 
@@ -30,6 +32,9 @@ class Outbox:
         "aliases",
         "flush",
         "frames",
+        "held",
+        "held_acks",
+        "held_size",
         "limit",
         "maximum_packet_size",
         "protocol_version",
@@ -53,6 +58,12 @@ class Outbox:
         """Bytes of the largest packet that the client accepts [MQTT5-3.1.2-24]."""
         self.aliases: OutboundAliases | None = None
         """Of a 5.0 client that takes Topic Aliases."""
+        self.held: deque[Held] = deque()
+        """What waits for the store, by batch."""
+        self.held_acks = 0
+        """PUBACKs among it."""
+        self.held_size = 0
+        """Bytes of the PUBLISH packets among it."""
         self.starved = False
         """A message waits in the session's queue because there was no room: the flusher pumps when there is."""
 

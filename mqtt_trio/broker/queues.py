@@ -36,6 +36,11 @@ class MessageQueue(deque["Delivery"]):
         self.size += size
         return dropped
 
+    def put_last(self, delivery: Delivery) -> None:
+        """Append a delivery that was in the queue when the process ended; no bound is asked."""
+        self.append(delivery)
+        self.size += delivery.message.size
+
     def take(self) -> Delivery:
         """Remove and return the oldest one."""
         delivery = self.popleft()
@@ -47,6 +52,18 @@ class MessageQueue(deque["Delivery"]):
         back = list(deliveries)
         self.extendleft(reversed(back))
         self.size += sum(delivery.message.size for delivery in back)
+
+    def withdraw(self, number: int) -> bool:
+        """Remove the delivery with this number of its row in the store, one of the newest; say whether it was there."""
+        for at in range(len(self) - 1, -1, -1):
+            delivery = self[at]
+            if delivery.number == number:
+                del self[at]
+                self.size -= delivery.message.size
+                return True
+            if 0 < delivery.number < number:
+                return False
+        return False
 
     def drop_all(self) -> int:
         """Empty the queue; return how many messages that were."""

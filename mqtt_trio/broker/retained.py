@@ -7,7 +7,7 @@ with wildcards matches. A search visits each node at most once and never recurse
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from mqtt_trio.broker.message import Message
 
@@ -30,6 +30,8 @@ class RetainedMessages:
         self.maximum = maximum
         self.size = 0
         """Bytes of all of them, as `Message.size` counts."""
+        self.expired: Callable[[str], None] = lambda topic_name: None
+        """Told when a message is dropped because it expired."""
         self._messages: dict[str, Message] = {}
         self._root = _Node()
         self._expiries: list[tuple[float, str]] = []  # heap; entries of replaced messages stay until they come up
@@ -102,6 +104,7 @@ class RetainedMessages:
             message = self._messages[topic_name]
             if (expires_at := message.expires_at) is not None and expires_at <= utc:
                 self.remove(topic_name)
+                self.expired(topic_name)
             else:
                 messages.append(message)
         return messages
@@ -119,6 +122,7 @@ class RetainedMessages:
             message = self._messages.get(topic_name)
             if message is not None and (expires_at := message.expires_at) is not None and expires_at <= utc:
                 self.remove(topic_name)
+                self.expired(topic_name)
                 dropped += 1
         return dropped
 

@@ -34,26 +34,38 @@ class Delivery:
     subscription_identifiers: tuple[int, ...] = ()
     group: ShareGroup | None = None
     """Whose message it is, when it came by a Shared Subscription."""
+    number: int = 0
+    """Of its row in the store, 0 without one."""
 
 
-FastDelivery: TypeAlias = tuple[bytes, bytes, int]
+FastDelivery: TypeAlias = tuple[bytes, bytes, int, int]
 """A delivery of the fast lane: the frame up to its Packet Identifier, the rest behind it, the MQTT version (4 for all
-3.x)."""
+3.x), the number of its row in the store (0 without one)."""
 
 
 class Released:
     """A QoS 2 delivery whose PUBREC has come: only its PUBREL is owed [MQTT5-4.3.3-4]."""
 
-    qos = 2
+    __slots__ = ("number",)
+    qos: Final = 2
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        """Of its row in the store, 0 without one."""
 
 
-RELEASED: Final = Released()
+RELEASED: Final = Released(0)
 Inflight: TypeAlias = Delivery | FastDelivery | Released
 
 
 def qos_of(entry: Inflight) -> int:
     """Return the QoS of a delivery."""
     return entry[0][0] >> 1 & 3 if isinstance(entry, tuple) else entry.qos
+
+
+def number_of(entry: Inflight) -> int:
+    """Return the number of a delivery's row in the store, 0 without one."""
+    return entry[3] if isinstance(entry, tuple) else entry.number
 
 
 @attrs.define
@@ -68,6 +80,8 @@ class PendingAck:
     on_refused: Callable[[ReasonCode], bytes]
     """What goes instead when a hold was released with a reason."""
     refused: ReasonCode | None = None
+    kept: tuple[int, int] | None = None
+    """Which deliveries of the message the store must have first (`journal.Answer`); None: it needs no store."""
 
 
 class Session:
@@ -79,13 +93,16 @@ class Session:
         "bursts",
         "client_id",
         "deadline",
+        "ended_at",
         "expiry_interval",
         "inflight",
         "link",
         "next_id",
+        "number",
         "outbox",
         "queue",
         "received",
+        "received_kept",
         "resending",
         "send_maximum",
         "shares",
@@ -112,6 +129,10 @@ class Session:
         self.queue = MessageQueue()
         self.received: set[int] = set()
         """Inbound QoS 2 Packet Identifiers whose PUBREL has not come [MQTT5-4.3.3-10]."""
+        self.received_kept: set[int] = set()
+        """Those of them that are in the store."""
+        self.number = 0
+        """In the store; 0: the session ends with its connection or with the process."""
         self.next_id = 1
         self.send_maximum = 65_535
         """Outbound QoS 1 and 2 messages that may be unacknowledged: the lower of both sides' bounds."""
@@ -121,6 +142,8 @@ class Session:
         self.will: Will | None = None
         self.will_at: float | None = None
         """Monotonic instant at which the Will of the ended connection is due."""
+        self.ended_at: float | None = None
+        """Monotonic instant at which its last connection ended."""
         self.deadline: float | None = None
         """Monotonic instant at which the disconnected session ends."""
         self.audiences: set[Audience] = set()
@@ -132,6 +155,8 @@ class Session:
         self.bursts.clear()
         self.inflight.clear()
         self.resending.clear()
+        self.received.clear()
+        self.received_kept.clear()
 
     def take_id(self) -> int:
         """Return a free Packet Identifier. There is one: `send_maximum` is below their number [MQTT5-2.2.1-4]."""
@@ -152,7 +177,7 @@ class Session:
         outbox = self.outbox
         return (
             outbox is not None
-            and outbox.room > 0
+            and outbox.room > outbox.held_size
             and not self.queue
             and not self.resending
             and not self.bursts

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING
 
+from mqtt_trio.broker.journal import RETAIN
 from mqtt_trio.broker.message import Message
 from mqtt_trio.broker.queues import MessageQueue
 from mqtt_trio.broker.router import SubscriptionOptions
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 class ShareGroup:
     """All sessions with the same `$share/NAME/FILTER`."""
 
-    __slots__ = ("audiences", "members", "name", "queue", "topic_filter", "turns")
+    __slots__ = ("audiences", "members", "name", "number", "queue", "topic_filter", "turns")
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -39,6 +40,8 @@ class ShareGroup:
         self.members: dict[Session, SubscriptionOptions] = {}
         self.turns: deque[Session] = deque()
         """The members, the one whose turn it is first."""
+        self.number = 0
+        """In the store; 0: no member's session is kept."""
         self.queue = MessageQueue()
         """What no member could take yet. While something waits, no member can take its head."""
         self.audiences: set[Audience] = set()
@@ -70,10 +73,17 @@ class Shares:
             session.shares[group.name] = group
             self.broker.metrics.shared_subscriptions += 1
         group.members[session] = options
+        self.broker.keeper.joined(group, session)
 
     def leave(self, session: Session, name: str) -> None:
         """End a membership; the group ends with its last member. What the member was sent stays with it."""
         group = session.shares.pop(name)
+        for packet_id, entry in session.inflight.items():
+            if isinstance(entry, Delivery) and entry.group is group:
+                entry.group = None
+                if entry.number and session.number and entry.qos == 1:
+                    flags = entry.qos | RETAIN * entry.retain
+                    self.broker.journal.move(entry.number, session.number, packet_id, flags)
         del group.members[session]
         group.turns.remove(session)
         metrics = self.broker.metrics
@@ -83,9 +93,17 @@ class Shares:
         del self.groups[name]
         self.broker.router.unsubscribe(group.topic_filter, group)
         group.forget_routes()
+        if group.number:
+            self.broker.keeper.group_ended(group)
         dropped = group.queue.drop_all()
         metrics.messages_queued -= dropped
         metrics.dropped_session_ended += dropped
+
+    def restore(self, group: ShareGroup, options: SubscriptionOptions) -> None:
+        """Take over a group that the store had; its members join."""
+        self.groups[group.name] = group
+        self.broker.keeper.groups[group.number] = group
+        self.broker.router.subscribe(group.topic_filter, group, options)
 
     def arrived(self, session: Session, now: float) -> None:
         """A member is here: it may have what waits, and what members that are away have not acknowledged."""
@@ -119,10 +137,16 @@ class Shares:
         ]
         if not mine:
             return
-        back = [inflight.pop(packet_id) for packet_id in mine]
+        back: list[Delivery] = []
         for packet_id in mine:
+            entry = inflight.pop(packet_id)
+            assert isinstance(entry, Delivery)
             session.resending.pop(packet_id, None)
-        group.queue.put_back(Delivery(entry.message, entry.message.qos, group=group) for entry in back)  # type: ignore[union-attr]
+            returned = Delivery(entry.message, entry.message.qos, group=group, number=entry.number)
+            if group.number and not returned.number:  # it was sent before the group was kept
+                self.broker.journal.add(group.number, returned, 0)
+            back.append(returned)
+        group.queue.put_back(back)
         self.broker.metrics.messages_queued += len(back)
 
     def _serve(self, group: ShareGroup, now: float) -> None:
@@ -163,7 +187,9 @@ class Shares:
         may_receive = self.broker.sender.may_receive
         return may_receive is None or may_receive(session, message.topic_name)
 
-    def _send(self, group: ShareGroup, session: Session, message: Message, encodings: Encodings, now: float) -> None:
+    def _send(
+        self, group: ShareGroup, session: Session, message: Message, encodings: Encodings, now: float, number: int = 0
+    ) -> None:
         options = group.members[session]
         identifier = options.subscription_identifier
         delivery = Delivery(
@@ -172,7 +198,10 @@ class Shares:
             message.retain and options.retain_as_published,
             () if identifier is None else (identifier,),
             group,
+            number,
         )
+        if number and not delivery.qos:
+            self.broker.journal.done(number)
         self.broker.sender.send(session, delivery, encodings, now)
 
     def _nobody_can(self, group: ShareGroup, message: Message, now: float) -> None:
@@ -199,11 +228,11 @@ class Shares:
 
     def _wait(self, group: ShareGroup, message: Message, now: float) -> None:
         sender = self.broker.sender
-        delivery = Delivery(message, message.qos, group=group)
-        sender.enqueue(group.queue, delivery, None, now)
+        sender.enqueue(Delivery(message, message.qos, group=group), group, now)
         for session in group.members:
-            if session.outbox is not None and session.outbox.room <= 0:
-                session.outbox.starved = True
+            outbox = session.outbox
+            if outbox is not None and outbox.room <= outbox.held_size:
+                outbox.starved = True
 
     def pull(self, session: Session, now: float) -> None:
         """A member may be able to take more: let it have what waits in its groups."""
@@ -213,11 +242,11 @@ class Shares:
             while queue and (outbox := session.outbox) is not None:
                 message = queue[0].message
                 if self._can_take(session, group.members[session], message):
-                    sender.taken(queue)
-                    self._send(group, session, message, {}, now)
+                    self._send(group, session, message, {}, now, sender.taken(queue).number)
                 elif (reason := self._never(group, message)) is not None:
-                    sender.taken(queue)
+                    if number := sender.taken(queue).number:
+                        self.broker.journal.done(number)
                     sender.dropped(reason, None, message, now)
                 else:
-                    outbox.starved = outbox.starved or outbox.room <= 0
+                    outbox.starved = outbox.starved or outbox.room <= outbox.held_size
                     break

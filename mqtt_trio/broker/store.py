@@ -29,7 +29,7 @@ subscription_identifier."""
 
 DeliveryRow: TypeAlias = tuple[Number, Owner, int, int, bytes | None, int, float, int, bytes | None]
 """number, owner, packet_id (0: it waits in the queue of its owner), flags (QoS of the delivery, plus 4 for RETAIN, plus
-8 once its PUBREC came and only PUBREL is owed), subscription_identifiers (Variable Byte Integers one behind the other;
+8 once its PUBREC came and only PUBREL is owed), subscription_identifiers (four bytes each, big-endian;
 None: none), protocol_version (of `frame`: 4 or 5), published_at (UTC seconds), content (key of `contents`; 0: the row
 has its own), frame (the PUBLISH packet as it came, its Packet Identifier means nothing; None with a `content`)."""
 

@@ -13,13 +13,16 @@ import trio
 
 from mqtt_trio.broker.broker import Broker
 from mqtt_trio.broker.events import Event
+from mqtt_trio.broker.journal import Journal
 from mqtt_trio.broker.limits import Limits
+from mqtt_trio.broker.store import Store
 from mqtt_trio.errors import LocalProtocolError
 from mqtt_trio.host import Host
 from mqtt_trio.protocol.codes import ProtocolVersion
 from mqtt_trio.protocol.packets import ConnAck, Connect
 from mqtt_trio.server.clients import Clients
 from mqtt_trio.server.listeners import ListenerOptions
+from mqtt_trio.server.storage import Storage, inline
 from mqtt_trio.server.timers import DeadlineTimer
 from mqtt_trio.testing.client import TestClient
 from mqtt_trio.testing.gateway import FakeGateway
@@ -40,6 +43,8 @@ class MemoryBroker:
         self.nursery = nursery
         self.events: list[Event] = []
         """What happened, oldest first."""
+        self.storage: Storage | None = None
+        """What commits to the store, where the broker has one."""
         self.host = Host(broker, node_id="memory", instance_id=bytes(16))
         """The broker as gateways see it."""
 
@@ -94,6 +99,12 @@ class MemoryBroker:
         client.connack = await client.expect(ConnAck)
         return client
 
+    async def stop(self) -> None:
+        """End in order: say goodbye to every client, commit what is to be kept."""
+        await self.clients.shut_down()
+        if self.storage is not None:
+            await self.storage.stop()
+
     async def reconnect(self, client: TestClient, **fields: Any) -> TestClient:
         """Connect again with the Client Identifier and the CONNECT of `client`, Clean Start 0, and return a new client.
 
@@ -116,10 +127,15 @@ class MemoryBroker:
 
 
 @asynccontextmanager
-async def open_memory_broker(limits: Limits | None = None, **options: Any) -> AsyncIterator[MemoryBroker]:
+async def open_memory_broker(
+    limits: Limits | None = None, *, store: Store | None = None, **options: Any
+) -> AsyncIterator[MemoryBroker]:
     """Run a broker in memory; leaving the block ends it with all its clients. It assigns ids `auto-1`, `auto-2`, ...
 
-    `options` are those of `Broker`: `authenticator`, `authorizer`, `authentication_methods`, ...
+    With a `store`, such as a `MemoryStore` that the test keeps, sessions, their queues and retained messages outlive
+    the broker: hand the same one to the next broker. Leaving the block is then like a kill: what was not committed is
+    gone; `MemoryBroker.stop` ends it in order. `options` are those of `Broker`: `authenticator`, `authorizer`,
+    `authentication_methods`, ...
     """
     numbers = itertools.count(1)
     events: list[Event] = []
@@ -128,13 +144,20 @@ async def open_memory_broker(limits: Limits | None = None, **options: Any) -> As
         random_id=lambda: f"auto-{next(numbers)}",
         wall_offset=EPOCH - trio.current_time(),
         events=events.append,
+        journal=Journal() if store is not None else None,
         **options,
     )
+    storage = Storage(broker, store, inline) if store is not None else None
+    if storage is not None:
+        await storage.load()
     clients = Clients(broker)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(DeadlineTimer(broker).run)
         memory = MemoryBroker(broker, clients, nursery)
         memory.events = events
+        memory.storage = storage
+        if storage is not None:
+            nursery.start_soon(storage.run)
         yield memory
         nursery.cancel_scope.cancel()
 

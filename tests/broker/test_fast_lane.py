@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from typing import Any
 
 import pytest
 import trio
@@ -18,7 +19,7 @@ from mqtt_trio.broker.limits import Limits
 from mqtt_trio.protocol.codes import QoS
 from mqtt_trio.protocol.encode import encode
 from mqtt_trio.protocol.packets import Disconnect, MessageProperties, Publish, Subscribe, Subscription
-from tests.lane_streams import FLAVOURS, Recorder
+from tests.lane_streams import CLIENTS, FLAVOURS, Recorder
 from tests.lane_worlds import V4, V5, Setup, World
 
 BLOCKS, PER_BLOCK = 20, 1000
@@ -34,13 +35,49 @@ def compare(seed: int) -> tuple[str, int, int]:
     world = World(FastLane, recorder.setup)
     for what, who, argument in recorder.events:
         world.do(what, who, argument)
-    expected, found = recorder.world.state(), world.state()
-    assert found.keys() == expected.keys()
-    for part, value in expected.items():
-        assert found[part] == value, f"{part} differs with MQTT_TRIO_LANE_SEED={seed}"
+    same(recorder.world.state(), world.state(), seed)
+    if recorder.setup.kept:
+        restarted = world.restarted()
+        same(recorder.world.restarted(), restarted, seed)
+        mirrors(world.state(), restarted, seed)
     metrics = world.broker.metrics
     received = metrics.messages_received_qos0 + metrics.messages_received_qos1 + metrics.messages_received_qos2
     return recorder.flavour, received, metrics.fast_lane_messages
+
+
+def same(expected: dict[str, Any], found: dict[str, Any], seed: int) -> None:
+    assert found.keys() == expected.keys()
+    for part, value in expected.items():
+        assert found[part] == value, f"{part} differs with MQTT_TRIO_LANE_SEED={seed}"
+
+
+def _ungrouped(entry: tuple[Any, ...]) -> tuple[Any, ...]:
+    return entry if entry[0] == "released" else (*entry[:3], *entry[4:])
+
+
+def mirrors(live: dict[str, Any], restarted: dict[str, Any], seed: int) -> None:
+    """Whether the store holds what the broker has: each session that lasts, with all that belongs to it."""
+    seen = f"with MQTT_TRIO_LANE_SEED={seed}"
+    for client in CLIENTS:
+        if client not in live or not live[client]["kept"] or not live[client]["expiry interval"]:
+            assert client not in restarted, seen
+            continue
+        for part in ("queue", "subscriptions", "received, kept", "expiry interval"):
+            assert restarted[client][part] == live[client][part], f"{part} of {client} {seen}"
+        # What a share group handed out at QoS 1 stays the group's; at QoS 2 it is the member's alone.
+        sent = dict(live[client]["inflight"])
+        expected = {i: _ungrouped(entry) for i, entry in sent.items() if not (entry[0] == 1 and entry[3])}
+        found = {i: _ungrouped(entry) for i, entry in restarted[client]["inflight"]}
+        assert found == expected, f"in flight to {client} {seen}"
+    assert restarted["retained"] == live["retained"], seen
+    kept = {
+        name: group
+        for name, group in live["groups"].items()
+        if any(client in restarted for client, _ in group["members"])
+    }
+    assert restarted["groups"].keys() == kept.keys(), seen
+    for name, group in kept.items():
+        assert len(restarted["groups"][name]["queue"]) >= len(group["queue"]), seen
 
 
 @pytest.mark.parametrize("block", range(BLOCKS))

@@ -1,0 +1,253 @@
+"""What of the broker the store has (sessions, groups, subscriptions, retained messages), and the store's answers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mqtt_trio.broker.events import OutageBegan, OutageEnded
+from mqtt_trio.broker.journal import RELEASED, Held, frame_of
+from mqtt_trio.broker.message import Message
+from mqtt_trio.broker.queues import MessageQueue
+from mqtt_trio.broker.router import SubscriptionOptions
+from mqtt_trio.broker.session import Session, number_of, qos_of
+from mqtt_trio.broker.shares import ShareGroup
+from mqtt_trio.broker.store import Batch, Number
+from mqtt_trio.protocol.codes import ProtocolVersion, ReasonCode
+from mqtt_trio.protocol.packets import PubAck, PubRec
+from mqtt_trio.protocol.topics import is_system_topic
+
+if TYPE_CHECKING:
+    from mqtt_trio.broker.broker import Broker
+    from mqtt_trio.broker.outbox import Outbox
+
+REFUSAL = ReasonCode.QUOTA_EXCEEDED
+"""What a 5.0 publisher is told while the store takes nothing."""
+
+
+class Keeper:
+    """Keeps the journal of one broker true, and does what follows from the store's answers. Where the journal keeps
+    nothing, no session and no group gets a number, and nothing here is called."""
+
+    def __init__(self, broker: Broker) -> None:
+        self.broker = broker
+        self.journal = broker.journal
+        self.sessions: dict[int, Session] = {}
+        self.groups: dict[int, ShareGroup] = {}
+        self._failing_since = 0.0
+
+    # Sessions
+
+    def attached(self, session: Session) -> None:
+        """A session has a connection, and with it the Session Expiry Interval that decides whether it is kept."""
+        if not session.number:
+            if not self.journal.keeps or not session.expiry_interval:
+                return
+            session.number = self.journal.new_owner()
+            self.sessions[session.number] = session
+        self.changed(session)
+
+    def changed(self, session: Session) -> None:
+        """Note who a session is, when it ends, and its Will."""
+        offset = self.broker.wall_offset
+        will = session.will
+        will_frame = None
+        if will is not None:
+            message = Message(will.topic_name, will.payload, int(will.qos), will.retain, will.properties)
+            will_frame = will.will_delay_interval.to_bytes(4, "big") + frame_of(message)
+        self.journal.dirty = True
+        self.journal.batch.sessions[session.number] = (
+            session.number,
+            session.client_id,
+            session.user_name,
+            session.expiry_interval,
+            None if session.link is not None or session.ended_at is None else session.ended_at + offset,
+            will_frame,
+            None if session.will_at is None else session.will_at + offset,
+        )
+
+    def ended(self, session: Session) -> None:
+        """A session is at its end, with everything that belongs to it. Called before its messages are forgotten."""
+        journal, number = self.journal, session.number
+        for entry in session.inflight.values():
+            if delivery := number_of(entry):
+                journal.done(delivery)
+        self._drop(session.queue)
+        batch = journal.batch
+        for topic_filter in session.subscriptions:
+            batch.subscriptions.pop((number, topic_filter), None)
+        for packet_id in session.received_kept:
+            batch.received.pop((number, packet_id), None)
+        batch.sessions[number] = None
+        journal.dirty = True
+        del self.sessions[number]
+
+    def _drop(self, queue: MessageQueue) -> None:
+        for delivery in queue:
+            if delivery.number:
+                self.journal.done(delivery.number)
+
+    def subscribed(self, session: Session, options: SubscriptionOptions) -> None:
+        """A session has a new subscription, or other options."""
+        byte = options.qos | options.no_local << 2 | options.retain_as_published << 3 | options.retain_handling << 4
+        key = (session.number, options.topic_filter)
+        self.journal.batch.subscriptions[key] = (*key, byte, options.subscription_identifier)
+        self.journal.dirty = True
+
+    def unsubscribed(self, session: Session, topic_filter: str) -> None:
+        """A session gave up a subscription."""
+        self.journal.batch.subscriptions[session.number, topic_filter] = None
+        self.journal.dirty = True
+
+    def received(self, session: Session, packet_id: int, present: bool) -> None:
+        """An inbound QoS 2 Packet Identifier is in use, or free again."""
+        (session.received_kept.add if present else session.received_kept.discard)(packet_id)
+        self.journal.batch.received[session.number, packet_id] = present
+        self.journal.dirty = True
+
+    # Share groups
+
+    def joined(self, group: ShareGroup, session: Session) -> None:
+        """A group has a member that is kept: then so is what waits for the group."""
+        if group.number or not session.number:
+            return
+        group.number = self.journal.new_owner()
+        self.groups[group.number] = group
+        self.journal.batch.groups[group.number] = group.name
+        self.journal.dirty = True
+        for delivery in group.queue:
+            self.journal.add(group.number, delivery, 0)
+
+    def group_ended(self, group: ShareGroup) -> None:
+        """A group has lost its last member. Called before its queue is dropped."""
+        self._drop(group.queue)
+        self.journal.batch.groups[group.number] = None
+        self.journal.dirty = True
+        del self.groups[group.number]
+
+    # Retained messages
+
+    def retained(self, message: Message) -> None:
+        """A retained message was set, or removed by an empty one."""
+        if is_system_topic(message.topic_name):
+            return
+        row = None
+        if message.payload:
+            row = (message.topic_name, frame_of(message), message.client_id, message.published_at)
+        self.journal.batch.retained[message.topic_name] = row
+        self.journal.dirty = True
+
+    def retained_gone(self, topic_name: str) -> None:
+        """A retained message has expired."""
+        if self.journal.keeps and not is_system_topic(topic_name):
+            self.journal.batch.retained[topic_name] = None
+            self.journal.dirty = True
+
+    # The store's answers; whoever calls flushes behind
+
+    def take(self) -> Batch:
+        """Hand out what is to be committed next."""
+        broker, journal = self.broker, self.journal
+        batch = journal.take()
+        if id(journal) in broker.stopped:
+            broker.resume_publishers(journal)
+        return batch
+
+    def committed(self, now: float) -> None:
+        """The batch that was taken is on disk: send what waited for it."""
+        broker, journal = self.broker, self.journal
+        if journal.failing is not None:
+            broker.emit(OutageEnded(at=now + broker.wall_offset, system="store", duration=now - self._failing_since))
+        broker.metrics.store_commits += 1
+        for outbox in journal.committed():
+            while outbox.held and outbox.held[0].number <= journal.done_number:
+                self._release(outbox, outbox.held.popleft())
+
+    def _release(self, outbox: Outbox, held: Held) -> None:
+        session = outbox.session
+        if session is None:
+            return  # the connection is gone, its client asks again
+        outbox.held_acks -= sum(type(answer) is tuple and answer[0] == 1 for answer in held.acks)
+        outbox.held_size -= sum(map(len, held.publishes.values()))
+        frames = held.release()
+        if frames:
+            outbox.put(frames)
+            self.broker.metrics.packets_sent += len(held.acks) + len(held.frames) + len(held.replies)
+        if session.link is not None:
+            self.broker.unstall(session.link)
+
+    def failed(self, batch: Batch, reason: str, now: float) -> None:
+        """The batch that was taken could not be kept: it comes again. Publishers learn now that their messages are not
+        kept, everything else waits."""
+        broker = self.broker
+        if self.journal.failing is None:
+            self._failing_since = now
+            broker.emit(OutageBegan(at=now + broker.wall_offset, system="store", reason=reason))
+        broker.metrics.store_failures += 1
+        for outbox in self.journal.failed(batch, reason):
+            for held in outbox.held:
+                answers, held.acks = held.acks, []
+                for answer in answers:
+                    self._refuse(outbox, answer)
+                replies, held.replies = held.replies, []
+                if replies and outbox.session is not None:
+                    outbox.put(b"".join(replies))
+                    broker.metrics.packets_sent += len(replies)
+
+    def _refuse(self, outbox: Outbox, answer: tuple[int, int, Number, Number] | bytes) -> None:
+        """Make an answer that waited a negative one, and take back what has not left."""
+        if type(answer) is bytes:
+            if outbox.session is not None:
+                outbox.put(answer)
+            return
+        assert not isinstance(answer, bytes)
+        qos, packet_id, first, last = answer
+        for number in range(first + 1, last + 1):
+            self._withdraw(number)
+        if qos == 1:
+            outbox.held_acks -= 1
+        session = outbox.session
+        if session is None or session.link is None:
+            return
+        self.broker.metrics.refused_by_store += 1
+        if qos == 2:
+            session.received.discard(packet_id)
+            if packet_id in session.received_kept:
+                self.received(session, packet_id, False)
+        self.refuse(session, qos, packet_id)
+        if session.link is not None:
+            self.broker.unstall(session.link)
+
+    def refuse(self, session: Session, qos: int, packet_id: int) -> None:
+        """Tell a publisher that its message is not kept [MQTT5-4.13.2]; a 3.x client, whose version has no such answer,
+        is disconnected and sends it again."""
+        link = session.link
+        assert link is not None
+        if link.connection.protocol_version != ProtocolVersion.MQTT_5_0:
+            link.end(REFUSAL, f"messages cannot be stored: {self.journal.failing}")
+            return
+        packet = PubAck(packet_id, REFUSAL) if qos == 1 else PubRec(packet_id, REFUSAL)
+        link.outbox.put(link.connection.encode(packet))
+        self.broker.metrics.packets_sent += 1
+
+    def _withdraw(self, number: Number) -> None:
+        """Take back a delivery that waits in a queue or whose frame waits for the store; what was sent stays sent."""
+        row = self.journal.batch.deliveries.get(number)
+        if row is None:
+            return
+        owner, packet_id = row[1], row[2]
+        session, group = self.sessions.get(owner), self.groups.get(owner)
+        queue = session.queue if session is not None else group.queue if group is not None else None
+        if packet_id and session is not None:
+            entry = session.inflight.get(packet_id)
+            if entry is None or number_of(entry) != number or qos_of(entry) != 2 or row[3] & RELEASED:
+                return
+            del session.inflight[packet_id]
+            session.resending.pop(packet_id, None)
+            if session.outbox is not None:
+                for held in session.outbox.held:
+                    session.outbox.held_size -= len(held.publishes.pop(packet_id, b""))
+        elif queue is None or not queue.withdraw(number):
+            return
+        else:
+            self.broker.metrics.messages_queued -= 1
+        self.journal.done(number)

@@ -1,0 +1,190 @@
+"""What a store held becomes a broker's sessions, groups and retained messages again, before anybody connects."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Final
+
+from mqtt_trio.broker.journal import RELEASED, RETAIN
+from mqtt_trio.broker.message import Message
+from mqtt_trio.broker.router import SubscriptionOptions
+from mqtt_trio.broker.session import NEVER, Delivery, Released, Session
+from mqtt_trio.broker.shares import ShareGroup
+from mqtt_trio.broker.store import DeliveryRow, RetainedRow, SessionRow, StoredState, SubscriptionRow
+from mqtt_trio.errors import RemoteProtocolError
+from mqtt_trio.protocol.codes import ProtocolVersion, QoS
+from mqtt_trio.protocol.decode import decode_publish
+from mqtt_trio.protocol.packets import Will
+from mqtt_trio.protocol.topics import split_shared
+from mqtt_trio.protocol.wire import read_header
+
+if TYPE_CHECKING:
+    from mqtt_trio.broker.broker import Broker
+
+logger = logging.getLogger(__name__)
+
+VERSIONS: Final = {4: ProtocolVersion.MQTT_3_1_1, 5: ProtocolVersion.MQTT_5_0}
+
+
+class Recovery:
+    """Gives one broker, which has no sessions yet, what its store held."""
+
+    def __init__(self, broker: Broker, state: StoredState, now: float) -> None:
+        self.broker = broker
+        self.state = state
+        self.now = now
+        self.sessions: dict[int, Session] = {}
+        self.groups: dict[int, ShareGroup] = {}
+        self._groups_by_name: dict[str, ShareGroup] = {}
+        self.unreadable = 0
+        """Rows that cannot be what was written; they are left out, and counted in one message."""
+        self._last: tuple[bytes | None, int, Message | None] = (None, 0, None)
+
+    def run(self) -> None:
+        """Restore everything. Sessions and messages that expired meanwhile are removed, Wills whose delay ran out are
+        published; a session whose client was connected counts as disconnected now."""
+        journal, state = self.broker.journal, self.state
+        journal.last_owner, journal.last_number = state.last_owner, state.last_number
+        for retained in state.retained:
+            self._retained(retained)
+        for session in state.sessions:
+            self._session(session)
+        for number, name in state.groups:
+            self.groups[number] = self._groups_by_name[name] = group = ShareGroup(name)
+            group.number = number
+        for subscription in state.subscriptions:
+            self._subscription(subscription)
+        for number, packet_id in state.received:
+            if (session_found := self.sessions.get(number)) is not None:
+                session_found.received.add(packet_id)
+                session_found.received_kept.add(packet_id)
+        for delivery in state.deliveries:
+            self._delivery(delivery)
+        self._finish()
+
+    def _retained(self, row: RetainedRow) -> None:
+        message = self._message(row[1], 5, row[3], row[2])
+        if message is None:
+            return
+        broker = self.broker
+        expires_at = message.expires_at
+        if expires_at is not None and expires_at <= self.now + broker.wall_offset:
+            broker.keeper.retained_gone(row[0])
+        else:
+            broker.retained.set(message)
+        broker.metrics.retained_messages = len(broker.retained)
+
+    def _message(self, frame: bytes, version: int, published_at: float, client_id: str = "") -> Message | None:
+        """Decode a PUBLISH; one frame is often that of many deliveries."""
+        if frame is self._last[0]:
+            return self._last[2]
+        message: Message | None = None
+        try:
+            header = read_header(frame, 0)
+            if header is not None and header[1] == len(frame) and frame[0] >> 4 == 3:
+                packet = decode_publish(frame[0] & 15, frame, header[0], header[1], VERSIONS[version])
+                message = Message(
+                    packet.topic_name,
+                    packet.payload,
+                    int(packet.qos),
+                    packet.retain,
+                    packet.properties,
+                    client_id,
+                    published_at,
+                )
+        except (RemoteProtocolError, KeyError, IndexError):
+            pass
+        self.unreadable += message is None
+        self._last = (frame, version, message)
+        return message
+
+    def _session(self, row: SessionRow) -> None:
+        broker, offset = self.broker, self.broker.wall_offset
+        number, client_id, user_name, expiry_interval, ended_at, will, will_at = row
+        session = self.sessions[number] = Session(client_id)
+        session.number, session.user_name, session.expiry_interval = number, user_name, expiry_interval
+        session.ended_at = self.now if ended_at is None else min(ended_at - offset, self.now)
+        session.deadline = None if expiry_interval == NEVER else session.ended_at + expiry_interval
+        if will is not None:
+            self._will(session, will)
+            if session.will is not None:
+                delay = min(session.will.will_delay_interval, expiry_interval)
+                session.will_at = self.now + delay if will_at is None else will_at - offset
+        broker.connections.sessions[client_id] = session
+        broker.keeper.sessions[number] = session
+        broker.metrics.sessions += 1
+        if ended_at is None:
+            broker.keeper.changed(session)
+
+    def _will(self, session: Session, will: bytes) -> None:
+        message = self._message(will[4:], 5, 0.0)
+        if message is not None:
+            session.will = Will(
+                topic_name=message.topic_name,
+                payload=message.payload,
+                qos=QoS(message.qos),
+                retain=message.retain,
+                will_delay_interval=int.from_bytes(will[:4]),
+                properties=message.properties,
+            )
+
+    def _subscription(self, row: SubscriptionRow) -> None:
+        number, topic_filter, byte, identifier = row
+        session = self.sessions.get(number)
+        if session is None:
+            return
+        broker = self.broker
+        options = SubscriptionOptions(
+            topic_filter, QoS(byte & 3), byte & 4 != 0, byte & 8 != 0, byte >> 4 & 3, identifier
+        )
+        session.subscriptions[topic_filter] = options
+        broker.metrics.subscriptions += 1
+        if split_shared(topic_filter)[0] is None:
+            broker.router.subscribe(topic_filter, session, options)
+            return
+        if topic_filter not in broker.shares.groups and (group := self._groups_by_name.get(topic_filter)) is not None:
+            broker.shares.restore(group, options)
+        broker.shares.join(session, options)
+
+    def _delivery(self, row: DeliveryRow) -> None:
+        number, owner, packet_id, flags, identifiers, version, published_at, content, frame = row
+        journal = self.broker.journal
+        session, group = self.sessions.get(owner), self.groups.get(owner)
+        if frame is None:
+            frame = self.state.contents.get(content)
+            journal.restore_content(number, content)
+        message = self._message(frame, version, published_at) if frame is not None else None
+        if message is None or (session is None and group is None):
+            journal.done(number)
+            return
+        delivery = Delivery(message, flags & 3, flags & RETAIN != 0, _identifiers(identifiers), group, number)
+        if packet_id and session is not None:
+            session.inflight[packet_id] = Released(number) if flags & RELEASED else delivery
+            return
+        queue = session.queue if session is not None else group.queue if group is not None else None
+        assert queue is not None
+        queue.put_last(delivery)
+        self.broker.metrics.messages_queued += 1
+
+    def _finish(self) -> None:
+        """End what has expired, publish Wills that are due, and have the timer look at the rest."""
+        broker, connections = self.broker, self.broker.connections
+        for session in self.sessions.values():
+            for deadline in (session.will_at, session.deadline):
+                if deadline is not None:
+                    connections.schedule(deadline, session)
+        for group in self.groups.values():
+            if not group.members:
+                broker.keeper.groups[group.number] = group
+                broker.keeper.group_ended(group)
+                broker.metrics.messages_queued -= group.queue.drop_all()
+        connections.run_deadlines(self.now)
+        if self.unreadable:
+            logger.warning("%d messages in the store cannot be read and are left out", self.unreadable)
+
+
+def _identifiers(block: bytes | None) -> tuple[int, ...]:
+    """Read Subscription Identifiers, four bytes each."""
+    if block is None:
+        return ()
+    return tuple(int.from_bytes(block[at : at + 4]) for at in range(0, len(block), 4))
