@@ -161,12 +161,15 @@ class Client:
         return packets
 
     async def send(self, *packets: Packet) -> None:
-        """Send whole packets in a row. Cancelled in the middle, the connection takes nothing more.
+        """Send whole packets in a row. Cancelled in the middle, the connection takes nothing more; behind the farewell
+        nothing is sent, without an error: whoever still answers a message is late, not wrong [MQTT5-3.14.4-1].
 
         Raises:
           LocalProtocolError: a packet cannot be written or is larger than the server takes; nothing was sent.
           ConnectionLostError: the server does not take it.
         """
+        if self._leaving and packets != (self.farewell,):
+            return
         data = b"".join([self._connection.encode(packet) for packet in packets])
         if self.session.log is not None:
             for packet in packets:

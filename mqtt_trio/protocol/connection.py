@@ -192,21 +192,22 @@ class _Connection:
     def encode(self, packet: p.Packet) -> bytes:
         """Return the bytes of `packet` in the version of the connection.
 
-        Reason String and User Properties are left out where the peer's Maximum Packet Size has no room for them
-        [MQTT5-3.2.2-19, 3.4.2-2, 3.14.2-3].
+        Where the peer's Maximum Packet Size has no room for them, User Properties are left out [MQTT5-3.4.2-3], and
+        where that is not enough the Reason String, too [MQTT5-3.4.2-2]; of every packet that may have them.
 
         Raises:
           LocalProtocolError: not allowed here, or larger than the peer takes without them [MQTT5-3.1.2-24].
         """
+        maximum = self.peer_maximum_packet_size
         frame = encode(packet, self.protocol_version)
-        if len(frame) > self.peer_maximum_packet_size:
-            if isinstance(packet, _OPTIONAL_TEXT):
-                bare = attrs.evolve(packet, reason_string=None, user_properties=())
-                frame = encode(bare, self.protocol_version)
-            if len(frame) > self.peer_maximum_packet_size:
-                raise LocalProtocolError(
-                    f"a {type(packet).__name__} of {len(frame)} bytes; the peer takes {self.peer_maximum_packet_size}"
-                )
+        if len(frame) > maximum and isinstance(packet, _OPTIONAL_TEXT):
+            if packet.user_properties:
+                packet = attrs.evolve(packet, user_properties=())
+                frame = encode(packet, self.protocol_version)
+            if len(frame) > maximum and packet.reason_string is not None:
+                frame = encode(attrs.evolve(packet, reason_string=None), self.protocol_version)
+        if len(frame) > maximum:
+            raise LocalProtocolError(f"a {type(packet).__name__} of {len(frame)} bytes; the peer takes {maximum}")
         return frame
 
     def _stop(self, state: State) -> None:
@@ -379,10 +380,13 @@ class ServerConnection(_Connection):
 
 
 class ClientConnection(_Connection):
-    """The Client's end: receives what Servers send. `encode` of a Connect sets the version and what it announces;
-    the order of what is sent is the caller's."""
+    """The Client's end: receives what Servers send.
 
-    __slots__ = ()
+    `encode` of a Connect sets the version and what it announces. It holds the caller to what the CONNACK said about
+    PUBLISH and to silence behind a DISCONNECT; the order of everything else that is sent is the caller's.
+    """
+
+    __slots__ = ("_clean_start", "_limits", "_said_goodbye")
 
     def __init__(
         self,
@@ -392,15 +396,29 @@ class ClientConnection(_Connection):
     ) -> None:
         super().__init__(State.AWAIT_CONNACK, CLIENT_NEXT_STATE, maximum_packet_size)
         self.protocol_version = protocol_version
+        self._clean_start = False
+        self._limits: p.ConnAck | None = None
+        """The CONNACK of a 5.0 Server, which bounds what may be published."""
+        self._said_goodbye = False
 
     def encode(self, packet: p.Packet) -> bytes:
+        if self._said_goodbye:  # [MQTT5-3.14.4-1], [MQTT3-3.14.4-2]
+            raise LocalProtocolError(f"a {type(packet).__name__} behind a DISCONNECT")
         if isinstance(packet, p.Connect):
-            self.protocol_version = packet.protocol_version
-            if packet.protocol_version is V5:
-                self.topic_alias_maximum = packet.topic_alias_maximum or 0
-                if packet.maximum_packet_size is not None:
-                    self.maximum_packet_size = packet.maximum_packet_size
-        return super().encode(packet)
+            self._announce(packet)
+        elif isinstance(packet, p.Publish) and self._limits is not None:
+            _check_against_connack(packet, self._limits)
+        frame = super().encode(packet)
+        self._said_goodbye = isinstance(packet, p.Disconnect)
+        return frame
+
+    def _announce(self, packet: p.Connect) -> None:
+        self.protocol_version = packet.protocol_version
+        self._clean_start = packet.clean_start
+        if packet.protocol_version is V5:
+            self.topic_alias_maximum = packet.topic_alias_maximum or 0
+            if packet.maximum_packet_size is not None:
+                self.maximum_packet_size = packet.maximum_packet_size
 
     def _check(self, packet: p.Packet) -> None:
         if isinstance(packet, p.Disconnect):
@@ -410,11 +428,31 @@ class ClientConnection(_Connection):
                 raise RemoteProtocolError("a Server's DISCONNECT with Session Expiry Interval")  # [MQTT5-3.14.2-2]
             if packet.reason_code is ReasonCode.DISCONNECT_WITH_WILL_MESSAGE:  # [MQTT5-3.14.2.1]
                 raise RemoteProtocolError("a Server's DISCONNECT with Will Message")
+        elif isinstance(packet, p.ConnAck) and packet.session_present and self._clean_start:
+            # Who asked for a clean start has no Session State [MQTT5-3.2.2-4].
+            raise RemoteProtocolError("Session Present after a clean start")
 
     def _after(self, packet: p.Packet, new_state: State) -> State:
         if isinstance(packet, p.ConnAck):
+            if self.protocol_version is V5:
+                self._limits = packet
             if packet.maximum_packet_size is not None:
                 self.peer_maximum_packet_size = packet.maximum_packet_size
             if packet.reason_code:
                 return State.DISCONNECTED
         return new_state
+
+
+def _check_against_connack(packet: p.Publish, connack: p.ConnAck) -> None:
+    """See that a Client publishes nothing that the Server said it does not take.
+
+    Raises:
+      LocalProtocolError: it would.
+    """
+    if connack.maximum_qos is not None and packet.qos > connack.maximum_qos:  # [MQTT5-3.2.2-11]
+        raise LocalProtocolError(f"a PUBLISH with QoS {packet.qos}; the Maximum QoS is {connack.maximum_qos}")
+    if packet.retain and connack.retain_available == 0:  # [MQTT5-3.2.2-14]
+        raise LocalProtocolError("a PUBLISH with RETAIN; the Server retains nothing")
+    maximum = connack.topic_alias_maximum or 0
+    if packet.topic_alias is not None and packet.topic_alias > maximum:  # [MQTT5-3.2.2-17], [MQTT5-3.2.2-18]
+        raise LocalProtocolError(f"a PUBLISH with Topic Alias {packet.topic_alias}; the maximum is {maximum}")

@@ -11,12 +11,12 @@ import trio
 import trio.testing
 from trio.testing import MockClock
 
-from mqtt_trio.commands.client import Session
+from mqtt_trio.commands.client import Client, Session, converse
 from mqtt_trio.commands.failures import CommandError, DisconnectedError, RefusedError
 from mqtt_trio.commands.output import formatted, plain, verbose
 from mqtt_trio.commands.sub import SubOptions, Subscriber
 from mqtt_trio.protocol.codes import ProtocolVersion, QoS
-from mqtt_trio.protocol.packets import Publish, Subscription, Will
+from mqtt_trio.protocol.packets import Packet, PubAck, Publish, Subscription, Will
 from mqtt_trio.testing import MemoryBroker, open_memory_broker
 from tests.command_support import CONNACK, FakeTerminal, Server, session_with
 from tests.wire import DISCONNECT, V5, Wire, ack, packet
@@ -98,9 +98,12 @@ async def test_only_what_was_printed_is_acknowledged(memory_broker: MemoryBroker
     assert first.terminal.written + second.terminal.written == b"a 0\na 1\na 2\na 3\na 4\n"
 
 
+@pytest.mark.spec("MQTT5-3.2.2-5", "MQTT5-4.3.3-10")
+@pytest.mark.parametrize("session_present", [True, False])
 async def test_a_message_that_comes_again_is_printed_once(
-    scripted: Callable[[Serve], Server], nursery: trio.Nursery, autojump_clock: MockClock
+    scripted: Callable[[Serve], Server], nursery: trio.Nursery, autojump_clock: MockClock, session_present: bool
 ) -> None:
+    """In one session: where the server has none any more, the Packet Identifier means nothing to us either."""
     message = publish_bytes(V5, "a", b"x", flags=4, packet_id=9)
     again = publish_bytes(V5, "a", b"x", flags=12, packet_id=9)
     connections = 0
@@ -109,21 +112,22 @@ async def test_a_message_that_comes_again_is_printed_once(
         nonlocal connections
         connections += 1
         await wire.read()
-        await wire.send(CONNACK if connections == 1 else b"\x20\x03\x01\x00\x00")
+        await wire.send(CONNACK if connections == 1 else bytes([0x20, 3, session_present, 0, 0]))
         await wire.read()
         await wire.send(SUBACK, message if connections == 1 else again)
         assert await wire.read() == ack(0x50, 9)
         if connections > 1:
-            await wire.send(ack(0x62, 9))
-            assert await wire.read() == ack(0x70, 9)
-            await wire.send(publish_bytes(V5, "a", b"y", flags=4, packet_id=9))
-            await wire.read()
+            if session_present:
+                await wire.send(ack(0x62, 9))
+                assert await wire.read() == ack(0x70, 9)
+                await wire.send(publish_bytes(V5, "a", b"y", flags=4, packet_id=9))
+                await wire.read()
             assert await wire.read() == DISCONNECT
         await trio.aclose_forcefully(wire.stream)
 
-    running = await start(nursery, scripted(serve).session(), "a", count=2)
+    running = await start(nursery, scripted(serve).session(clean_start=False), "a", count=2)
     assert await running.exit_code() == 0
-    assert running.terminal.written == b"a x\na y\n"
+    assert running.terminal.written == (b"a x\na y\n" if session_present else b"a x\na x\n")
     assert running.terminal.said == ["Error: The connection was lost. Connecting again."]
     assert connections == 2
 
@@ -378,3 +382,29 @@ async def test_a_slow_reader_of_the_output_is_not_a_dead_server(
     assert await running.exit_code() == 0
     assert running.terminal.said == []
     assert running.terminal.written == b"a 1\na 2\n"
+
+
+@pytest.mark.spec("MQTT5-3.14.4-1")
+async def test_nothing_is_sent_behind_disconnect(scripted: Callable[[Serve], Server]) -> None:
+    """Also when a message crosses it and is answered: that is no failure."""
+    sent: list[bytes] = []
+    handled: list[Packet] = []
+
+    async def serve(wire: Wire) -> None:
+        await wire.read()
+        await wire.send(CONNACK)
+        assert await wire.read() == DISCONNECT
+        await wire.send(publish_bytes(V5, "a", b"crosses it", flags=2, packet_id=2))
+        await wire.stream.send_eof()  # type: ignore[attr-defined]
+        sent.extend(await wire.until_closed())
+
+    async def handle(client: Client, packets: list[Packet]) -> None:
+        handled.extend(packets)
+        await client.send(PubAck(2))
+
+    async def work(client: Client) -> None:
+        """Nothing to do: goodbye."""
+
+    await converse(scripted(serve).session(), handle, work)
+    assert len(handled) == 1
+    assert sent == []

@@ -17,6 +17,7 @@ from mqtt_trio.protocol.connection import (
     State,
 )
 from mqtt_trio.protocol.decode import iter_publishes
+from mqtt_trio.protocol.encode import encode
 
 V31, V311, V5 = ProtocolVersion.MQTT_3_1, ProtocolVersion.MQTT_3_1_1, ProtocolVersion.MQTT_5_0
 
@@ -115,7 +116,7 @@ def test_topic_aliases_both_ways() -> None:
             assert isinstance(packet, p.Publish)
             names.append(packet.topic_name)
         assert names == ["a", "a", "b", "b"]
-    assert refused(server, client.encode(p.Publish("a", topic_alias=3))) == ReasonCode.TOPIC_ALIAS_INVALID
+    assert refused(server, encode(p.Publish("a", topic_alias=3), V5)) == ReasonCode.TOPIC_ALIAS_INVALID
     assert refused(client, server.encode(p.Publish("a", topic_alias=2))) == ReasonCode.TOPIC_ALIAS_INVALID
 
 
@@ -128,10 +129,20 @@ def test_aliases_end_with_the_connection() -> None:
     assert refused(server, client.encode(p.Publish("", topic_alias=1))) == ReasonCode.PROTOCOL_ERROR
 
 
-@pytest.mark.spec("MQTT5-3.2.2-18", "MQTT5-3.2.2-17")
+@pytest.mark.spec("MQTT5-3.2.2-18")
 def test_no_alias_where_none_was_announced() -> None:
     client, server = connected()
-    assert refused(server, client.encode(p.Publish("a", topic_alias=1))) == ReasonCode.TOPIC_ALIAS_INVALID
+    with pytest.raises(LocalProtocolError):
+        client.encode(p.Publish("a", topic_alias=1))
+    assert refused(server, encode(p.Publish("a", topic_alias=1), V5)) == ReasonCode.TOPIC_ALIAS_INVALID
+
+
+@pytest.mark.spec("MQTT5-3.2.2-17")
+def test_our_client_uses_no_alias_above_the_maximum() -> None:
+    client, _ = connected(connack=p.ConnAck(topic_alias_maximum=2))
+    assert client.encode(p.Publish("a", topic_alias=2)) == b"\x30\x07\0\x01a\x03\x23\0\x02"
+    with pytest.raises(LocalProtocolError, match="Topic Alias 3; the maximum is 2"):
+        client.encode(p.Publish("a", topic_alias=3))
 
 
 @pytest.mark.spec("MQTT5-3.1.2-24", "MQTT5-3.4.2-2", "MQTT5-3.4.2-3", "MQTT5-3.14.2-3")

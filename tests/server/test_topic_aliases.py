@@ -10,8 +10,10 @@ import trio.testing
 
 from mqtt_trio.broker.aliases import OutboundAliases
 from mqtt_trio.broker.limits import Limits
+from mqtt_trio.errors import LocalProtocolError
 from mqtt_trio.protocol.codes import ProtocolVersion, QoS, ReasonCode
 from mqtt_trio.protocol.decode import decode_publish
+from mqtt_trio.protocol.encode import encode
 from mqtt_trio.protocol.packets import ConnAck, Connect, Disconnect, PubAck, Publish, Will
 from mqtt_trio.protocol.wire import read_header
 from mqtt_trio.testing import MemoryBroker, TestClient, open_memory_broker
@@ -176,7 +178,9 @@ async def test_no_alias_is_taken_where_none_was_announced() -> None:
         client = await memory.connect("c", topic_alias_maximum=5)
         assert client.connack is not None
         assert client.connack.topic_alias_maximum is None
-        await client.send(Publish("t", topic_alias=1))
+        with pytest.raises(LocalProtocolError):
+            await client.send(Publish("t", topic_alias=1))
+        await client.stream.send_all(encode(Publish("t", topic_alias=1), V5))
         last = await client.closed()
         assert isinstance(last, Disconnect)
         assert last.reason_code is ReasonCode.TOPIC_ALIAS_INVALID
