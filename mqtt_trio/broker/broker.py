@@ -27,6 +27,7 @@ from mqtt_trio.broker.limits import Limits
 from mqtt_trio.broker.message import Message
 from mqtt_trio.broker.metrics import Metrics
 from mqtt_trio.broker.outbox import ClientLink, Outbox
+from mqtt_trio.broker.reasons import NO_SUCH_IDENTIFIER, why_not_subscribed
 from mqtt_trio.broker.retained import RetainedMessages
 from mqtt_trio.broker.router import Router, SubscriptionOptions
 from mqtt_trio.broker.session import Session, qos_of
@@ -332,7 +333,7 @@ class Broker:
         assert isinstance(packet, PubRec)
         entry = session.inflight.get(packet.packet_id)
         if entry is None or qos_of(entry) != 2:
-            self.reply(link, PubRel(packet.packet_id, ReasonCode.PACKET_IDENTIFIER_NOT_FOUND))
+            self.reply(link, PubRel(packet.packet_id, ReasonCode.PACKET_IDENTIFIER_NOT_FOUND, NO_SUCH_IDENTIFIER))
         elif packet.reason_code >= 0x80:  # [MQTT5-4.3.3-4]: the message is at its end
             self.sender.finished(session, packet.packet_id, now)
         else:
@@ -368,7 +369,7 @@ class Broker:
             # 3.1 has no code for a failure; it gets what it asked for confirmed, as from mosquitto, and no messages.
             asked = [ReasonCode(subscription.qos) for subscription in packet.subscriptions]
             codes = [qos if code >= 0x80 else code for code, qos in zip(codes, asked, strict=True)]
-        self.reply_kept(link, SubAck(packet.packet_id, tuple(codes)))
+        self.reply_kept(link, SubAck(packet.packet_id, tuple(codes), why_not_subscribed(codes, self.limits)))
         for options in wanted:
             self.bursts.begin(session, options, now)
         if shared:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from mqtt_trio.broker.message import Message
 from mqtt_trio.broker.outbox import ClientLink, Outbox
+from mqtt_trio.broker.reasons import NO_SUCH_IDENTIFIER, why_not_published
 from mqtt_trio.broker.session import PendingAck, Session
 from mqtt_trio.broker.tap import Hold, Refused, TapRoute
 from mqtt_trio.protocol.codes import ProtocolVersion, ReasonCode
@@ -183,7 +184,8 @@ class Inbound:
         if link.connection.protocol_version != ProtocolVersion.MQTT_5_0:
             link.end(reason_code, "the message was refused")
             return b""
-        packet = PubAck(packet_id, reason_code) if qos == 1 else PubRec(packet_id, reason_code)
+        told = why_not_published(reason_code, self.broker.limits)
+        packet = PubAck(packet_id, reason_code, told) if qos == 1 else PubRec(packet_id, reason_code, told)
         return link.connection.encode(packet)
 
     def _refuse(self, session: Session, qos: int, packet_id: int, reason_code: ReasonCode) -> None:
@@ -239,10 +241,11 @@ class Inbound:
     def pubrel(self, link: ClientLink, session: Session, packet: Packet, now: float) -> bool:
         """The publisher lets go of a QoS 2 Packet Identifier [MQTT5-4.3.3-11]."""
         assert isinstance(packet, PubRel)
-        known = packet.packet_id in session.received
-        session.received.discard(packet.packet_id)
-        code = ReasonCode.SUCCESS if known else ReasonCode.PACKET_IDENTIFIER_NOT_FOUND
-        answer = PubComp(packet.packet_id, code)
+        if packet.packet_id in session.received:
+            session.received.remove(packet.packet_id)
+            answer = PubComp(packet.packet_id)
+        else:
+            answer = PubComp(packet.packet_id, ReasonCode.PACKET_IDENTIFIER_NOT_FOUND, NO_SUCH_IDENTIFIER)
         if packet.packet_id in session.received_kept:
             self.broker.keeper.received(session, packet.packet_id, False)
             self.broker.journal.hold(link.outbox).frames.append(link.connection.encode(answer))

@@ -27,7 +27,14 @@ CLOSE_GRACE: Final = 2.0
 PACKETS_PER_WAKE: Final = 1000
 """Packets of one client that the full path handles before everybody else gets their turn: some milliseconds. The fast
 lane needs no such bound, what it takes from one read costs as much."""
-EXPLAINED: Final = (ReasonCode.MALFORMED_PACKET, ReasonCode.PROTOCOL_ERROR, ReasonCode.TOPIC_ALIAS_INVALID)
+EXPLAINED: Final = (
+    ReasonCode.MALFORMED_PACKET,
+    ReasonCode.PROTOCOL_ERROR,
+    ReasonCode.TOPIC_FILTER_INVALID,
+    ReasonCode.TOPIC_NAME_INVALID,
+    ReasonCode.TOPIC_ALIAS_INVALID,
+    ReasonCode.PACKET_TOO_LARGE,
+)
 """Reason codes whose text, which names the client's own mistake, helps it as Reason String; others say all."""
 UNSUPPORTED_VERSION_3: Final = b"\x20\x02\x00\x01"
 """CONNACK 'unacceptable protocol version', which every version's clients can read [MQTT3-3.1.2-2]."""

@@ -272,7 +272,8 @@ class Reader:
 
 @pytest.mark.parametrize("version", [4, 5])
 async def test_refused_subscriptions(nursery: trio.Nursery, version: int) -> None:
-    why = "Not authorized" if version == 5 else "Unspecified error"
+    told = "Not authorized: this client may not subscribe to this Topic Filter"
+    why = told if version == 5 else "Unspecified error"
     async with open_memory_broker(authorizer=Reader()) as memory:
         session = session_with(memory, protocol_version=ProtocolVersion(version))
         some = await start(nursery, session, "a", "b")

@@ -351,6 +351,8 @@ class Model:
             )
         elif isinstance(packet, p.Disconnect):
             packet = p.Disconnect(packet.reason_code)
+        elif isinstance(packet, p.PubAck | p.PubRec | p.PubRel | p.PubComp | p.SubAck):
+            packet.reason_string = None  # its words are the Server's own choice
         demand(connection.greeted or isinstance(packet, p.ConnAck), "CONNACK is the first packet (3.2.0-1)")
         connection.greeted = True
         if isinstance(packet, p.Publish):

@@ -468,7 +468,9 @@ async def test_qos2_is_delivered_once(memory_broker: MemoryBroker, version: Prot
     unknown = ReasonCode.PACKET_IDENTIFIER_NOT_FOUND if version == V5 else ReasonCode.SUCCESS
     for code in (ReasonCode.SUCCESS, unknown):
         await client.send(PubRel(5))
-        assert await client.next_packet() == PubComp(5, code)
+        completed = await client.next_packet()
+        assert isinstance(completed, PubComp)
+        assert (completed.packet_id, completed.reason_code) == (5, code)
     await client.send(Publish("t", b"again", QoS(2), packet_id=5))
     assert [(await watcher.next_message()).payload for _ in range(2)] == [b"once", b"again"]
 

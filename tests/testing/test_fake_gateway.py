@@ -75,7 +75,8 @@ async def test_a_held_message_may_fail_in_the_end(memory_broker: MemoryBroker) -
     await meter.send(Publish("x", b"1", 1, packet_id=1))  # type: ignore[arg-type]
     assert await meter.nothing_waits()
     gateway.release(refused=ReasonCode.QUOTA_EXCEEDED)
-    assert await meter.next_packet() == PubAck(1, ReasonCode.QUOTA_EXCEEDED)
+    refused = await meter.expect(PubAck)
+    assert (refused.packet_id, refused.reason_code) == (1, ReasonCode.QUOTA_EXCEEDED)
 
 
 async def test_refused_messages_reach_nobody(memory_broker: MemoryBroker) -> None:
