@@ -251,8 +251,8 @@ def check(request: h11.Request, options: UpgradeOptions) -> _Offer:
         raise _Refusal(426, text, "Upgrade: websocket", "Sec-WebSocket-Version: 13")
     _check_origin(tokens.values(b"origin"), options.allowed_origins)
     offered = tokens.of(b"sec-websocket-protocol")
-    # The client's own order decides; offering nothing is tolerated, offering only others is not [MQTT5-6.0.0-3].
-    subprotocol = next((name for name in offered if name in SUBPROTOCOLS), None)
+    # `mqtt` wherever it is offered; offering nothing is tolerated, offering only others is not [MQTT5-6.0.0-3].
+    subprotocol = next((name for name in SUBPROTOCOLS if name in offered), None)  # [MQTT5-6.0.0-4]
     if offered and subprotocol is None:
         raise _Refusal(400, 'Offer the WebSocket subprotocol "mqtt" (or "mqttv3.1"); none of yours is served.\n')
     return _Offer(request.target, _check_key(tokens.values(b"sec-websocket-key")), subprotocol)

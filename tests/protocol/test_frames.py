@@ -73,7 +73,6 @@ def test_every_length_form(size: int, masked: bool) -> None:
 pieces = st.tuples(st.lists(st.binary(max_size=140), min_size=1, max_size=3), st.booleans(), st.binary(max_size=125))
 
 
-@pytest.mark.spec("MQTT5-6.0.0-2", "MQTT3-6.0.0-2")
 @given(st.lists(pieces, max_size=3), st.lists(st.integers(0, 1000), max_size=6), st.binary(min_size=4, max_size=4))
 @settings(deadline=None)
 def test_fragments_and_control_frames_cut_anywhere(
@@ -126,7 +125,6 @@ def test_close(payload: bytes, code: int, answer: bytes) -> None:
     assert decoder.feed(client_frame(b"ignored")) == b""
 
 
-@pytest.mark.spec("MQTT5-6.0.0-1", "MQTT3-6.0.0-1")
 def test_text_is_refused_and_what_came_before_counts() -> None:
     error = refused(client_frame(b"good") + client_frame(b"text", Opcode.TEXT))
     assert error.close_code == CloseCode.UNSUPPORTED_DATA
