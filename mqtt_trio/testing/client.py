@@ -40,6 +40,9 @@ T = TypeVar("T")
 PATIENCE: Final = 30 * 24 * 3600.0
 """Seconds that a client waits unless told otherwise. On a fake clock what never comes fails a test at once."""
 
+FAREWELL: Final = 5.0
+"""Seconds that a client waits for the broker to close behind its DISCONNECT."""
+
 
 class ConnectionEndedError(MqttTrioError):
     """The connection ended while the test waited for a packet."""
@@ -252,9 +255,11 @@ class TestClient:
         return not self.waiting
 
     async def disconnect(self, **fields: Any) -> None:
-        """Say goodbye and close; `fields` are those of `Disconnect`."""
+        """Say goodbye and close, once the broker has or FAREWELL seconds later [MQTT5-3.14.4-2]; `fields` are those of
+        `Disconnect`."""
         await self.send(Disconnect(**fields))
-        await self.closed()
+        with trio.move_on_after(FAREWELL):
+            await self._closed()  # the broker has seen it all by then
         await self.stream.aclose()
 
     async def cut(self) -> None:

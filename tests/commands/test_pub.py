@@ -282,6 +282,7 @@ async def test_a_server_that_does_not_answer_connect(
     assert trio.current_time() - start == 10
 
 
+@pytest.mark.spec("MQTT5-3.1.2-20")
 async def test_a_server_that_acknowledges_nothing_and_answers_no_ping(
     scripted: Callable[[Serve], Server], autojump_clock: MockClock
 ) -> None:
@@ -305,6 +306,7 @@ async def test_a_server_that_acknowledges_nothing_and_answers_no_ping(
     assert trio.current_time() == 30
 
 
+@pytest.mark.spec("MQTT5-3.1.2-21", "MQTT5-3.2.2-21", "MQTT5-3.1.2-20")
 async def test_the_server_sets_keep_alive(scripted: Callable[[Serve], Server], autojump_clock: MockClock) -> None:
     async def serve(wire: Wire) -> None:
         await wire.read()

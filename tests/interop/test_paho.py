@@ -45,6 +45,7 @@ def connect(broker: BrokerProcess, request: pytest.FixtureRequest) -> Connect:
     return make
 
 
+@pytest.mark.spec("MQTT3-7.0.0-2")
 @versions
 @transports
 @qualities
