@@ -188,7 +188,7 @@ def test_no_disconnect_before_connack_nor_in_3() -> None:
         server.encode(p.Disconnect(ReasonCode.SERVER_BUSY))
 
 
-@pytest.mark.spec("MQTT5-3.1.2-30", "MQTT5-4.12.0-5", "MQTT5-4.12.0-7")
+@pytest.mark.spec("MQTT5-3.1.2-30", "MQTT5-4.12.0-5", "MQTT5-4.12.1-1")
 def test_enhanced_authentication() -> None:
     client, server = ClientConnection(), ServerConnection()
     server.receive_data(client.encode(p.Connect(authentication_method="m", authentication_data=b"1")))
