@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.machinery
+import importlib.util
 import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -48,7 +52,86 @@ def test_marks_cite_statements_that_exist() -> None:
     assert [line for line in done.stderr.splitlines() if not line.startswith("no test asserts")] == []
 
 
+def test_every_statement_has_a_test_or_a_reason() -> None:
+    """What keeps the table whole: no empty row, few reasons, none beside a test."""
+    done = run("--empty")
+    assert done.stderr.splitlines() == []
+    assert done.returncode == 0, done.stdout
+
+
 def test_one_version_only() -> None:
     done = run("--version", "5", "--empty")
     assert "MQTT3-" not in done.stdout
     assert done.stdout.splitlines()[-1].startswith("MQTT 5.0: 251 rows, ")
+
+
+# What fails
+
+
+@pytest.fixture
+def script() -> Iterator[ModuleType]:
+    """The script as a module, since it has no suffix."""
+    loader = importlib.machinery.SourceFileLoader("spec_coverage_script", str(SCRIPT))
+    spec = importlib.util.spec_from_loader(loader.name, loader)
+    assert spec is not None
+    module = sys.modules[loader.name] = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    yield module
+    del sys.modules[loader.name]
+
+
+def row(number: int) -> str:
+    """An invented statement; its id is put together here, so that the test above does not take it for a citation."""
+    return f"MQTT3-1.0.0-{number}"
+
+
+ROWS = {row(number): f"statement {number}" for number in range(1, 41)}
+REASONS_ALLOWED = 2
+"""5 % of 40."""
+
+
+def found(script: ModuleType, *, untested: int, reasons: dict[str, str]) -> list[str]:
+    """What the script complains about where all but the first `untested` rows have a test."""
+    citations = {clause: ["tests/a.py::test"] for clause in list(ROWS)[untested:]}
+    return list(script.problems([script.Table(3, ROWS, reasons)], citations))
+
+
+def test_a_whole_table_is_fine(script: ModuleType) -> None:
+    assert found(script, untested=0, reasons={}) == []
+    reasons = dict.fromkeys(list(ROWS)[:REASONS_ALLOWED], "why")
+    assert found(script, untested=REASONS_ALLOWED, reasons=reasons) == []
+
+
+def test_an_empty_row_fails(script: ModuleType) -> None:
+    empty = found(script, untested=2, reasons={row(1): "why"})
+    assert empty == [f"no test asserts {row(2)}: statement 2"]
+
+
+def test_too_many_reasons_fail(script: ModuleType) -> None:
+    many = REASONS_ALLOWED + 1
+    reasons = dict.fromkeys(list(ROWS)[:many], "why")
+    assert found(script, untested=many, reasons=reasons) == ["MQTT 3.1.1: 3 reasons are more than 5%"]
+
+
+def test_a_reason_beside_a_test_fails(script: ModuleType) -> None:
+    beside = found(script, untested=0, reasons={row(7): "why"})
+    assert beside == [f"{row(7)} has a reason and the test tests/a.py::test"]
+
+
+@pytest.mark.parametrize("reason", ["", "  "])
+def test_a_reason_says_something(script: ModuleType, reason: str) -> None:
+    assert found(script, untested=1, reasons={row(1): reason}) == [f"{row(1)} has an empty reason"]
+
+
+def test_a_reason_for_nothing_fails(script: ModuleType) -> None:
+    assert found(script, untested=0, reasons={row(99): "why"}) == [f"unknown statement {row(99)} has a reason"]
+
+
+def test_what_is_found_is_the_exit_code(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    citations = {clause: ["tests/a.py::test"] for clause in ROWS}
+    monkeypatch.setattr(script, "load", lambda version: script.Table(version, ROWS if version == 3 else {}, {}))
+    monkeypatch.setattr(script, "collect", lambda: citations)
+    assert script.main([]) == 0
+    del citations[row(40)]
+    assert script.main([]) == 1
+    assert script.main(["--version", "5"]) == 0
