@@ -80,7 +80,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Copy]:
 
 
 def test_there_are_enough() -> None:
-    assert len(MUTATIONS) >= 30
+    assert len(MUTATIONS) >= 50
     assert len({(mutation.file, mutation.old) for mutation in MUTATIONS}) == len(MUTATIONS)
 
 
