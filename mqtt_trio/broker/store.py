@@ -149,18 +149,12 @@ class MemoryStore:
         for number, (owner, packet_id, flags) in batch.moves.items():
             if (delivery := state.deliveries.get(number)) is not None:
                 state.deliveries[number] = (number, owner, packet_id, flags, *delivery[4:])
-        for owner, row in batch.sessions.items():
-            self._last_owner = max(self._last_owner, owner)
-            if row is None:
-                self._remove(owner)
-            else:
-                state.sessions[owner] = row
-        for owner, name in batch.groups.items():
-            self._last_owner = max(self._last_owner, owner)
-            if name is None:
-                self._remove(owner)
-            else:
-                state.groups[owner] = name
+        self._last_owner = max(self._last_owner, *batch.sessions, *batch.groups, 0)
+        removed = {owner for part in (batch.sessions, batch.groups) for owner, row in part.items() if row is None}
+        if removed:
+            self._remove(removed)
+        _update(state.sessions, batch.sessions)
+        _update(state.groups, batch.groups)
         _update(state.subscriptions, batch.subscriptions)
         state.deliveries.update(batch.deliveries)
         for number in batch.done:
@@ -174,16 +168,14 @@ class MemoryStore:
             else:
                 state.received.pop(entry, None)
         _update(state.retained, batch.retained)
-        self._last_number = max(self._last_number, *batch.deliveries, *batch.contents, 0, 0)
+        self._last_number = max(self._last_number, *batch.deliveries, *batch.contents, 0)
 
-    def _remove(self, owner: Owner) -> None:
-        """Remove a session or group with everything that belongs to it."""
+    def _remove(self, owners: set[Owner]) -> None:
+        """Remove what belongs to sessions and groups that go."""
         state = self.state
-        state.sessions.pop(owner, None)
-        state.groups.pop(owner, None)
-        state.subscriptions = {key: row for key, row in state.subscriptions.items() if key[0] != owner}
-        state.deliveries = {number: row for number, row in state.deliveries.items() if row[1] != owner}
-        state.received = {key: present for key, present in state.received.items() if key[0] != owner}
+        state.subscriptions = {key: row for key, row in state.subscriptions.items() if key[0] not in owners}
+        state.deliveries = {number: row for number, row in state.deliveries.items() if row[1] not in owners}
+        state.received = {key: present for key, present in state.received.items() if key[0] not in owners}
 
     def close(self) -> None:
         """Nothing to do."""
