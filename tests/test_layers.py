@@ -53,7 +53,16 @@ IMPURE = {
 ONLY_IN = {
     "kafka": {"gateways/kafka/workers.py", "gateways/kafka/security.py"},
     "ssl": {"mqtt_trio/server/tls.py", "mqtt_trio/commands/endpoint.py", "gateways/kafka/security.py"},
-    "sqlite3": {"mqtt_trio/archive/sqlite.py", "mqtt_trio/archive/sqlite_file.py", "mqtt_trio/server/sqlite_store.py"},
+    "sqlite3": {
+        "mqtt_trio/archive/sqlite.py",
+        "mqtt_trio/archive/sqlite_file.py",
+        "mqtt_trio/server/sqlite_store.py",
+        "mqtt_trio/server/store_doctor.py",
+        "mqtt_trio/server/store_file.py",
+        "mqtt_trio/server/store_reader.py",
+        "mqtt_trio/server/store_repair.py",
+        "mqtt_trio/server/store_writer.py",
+    },
 }
 """Library -> the modules that may import it: its blocking calls stay in their threads."""
 
