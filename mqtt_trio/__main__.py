@@ -1,4 +1,4 @@
-"""The command line [F3]: `mqtt-trio serve` (the default), `check`, `pub`, `sub`.
+"""The command line [F3]: `mqtt-trio serve` (the default), `check`, `doctor`, `pub`, `sub`.
 
 Exit codes: 0, 1 failure, 2 usage, 78 configuration; pub and sub add those of mosquitto's clients.
 """
@@ -21,7 +21,12 @@ from mqtt_trio.errors import ConfigError, MqttTrioError
 EXIT_FAILURE: Final = 1
 EXIT_CONFIG: Final = 78
 """EX_CONFIG of sysexits.h."""
-COMMANDS: Final = ("serve", "check")
+COMMANDS: Final = {
+    "serve": "run the broker (the default command)",
+    "check": "show what a configuration means, start nothing",
+    "doctor": "check the session store on disk, change nothing; 1 when something is wrong with it",
+}
+"""Commands that a configuration is loaded for."""
 CLIENTS: Final = {
     "pub": "publish messages, with the flags of mosquitto_pub",
     "sub": "subscribe and print messages, with the flags of mosquitto_sub",
@@ -44,8 +49,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"mqtt-trio {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    texts = {"serve": "run the broker (the default command)", "check": "show what a configuration means, start nothing"}
-    for name, text in texts.items():
+    for name, text in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text, epilog=EPILOG)
         command.formatter_class = argparse.RawDescriptionHelpFormatter
         _add_config_options(command)
@@ -116,6 +120,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         loaded = load(parsed, os.environ)
         if parsed.command == "check":
             return _check(loaded)
+        if parsed.command == "doctor":
+            return _doctor(loaded)
         from mqtt_trio.app import serve
 
         return serve(loaded)
@@ -143,6 +149,16 @@ def _check(loaded: LoadedConfig) -> int:
     if loaded.inactive:
         print("\n# not active yet: " + ", ".join(loaded.inactive))
     return 0
+
+
+def _doctor(loaded: LoadedConfig) -> int:
+    from mqtt_trio.server.sqlite_store import FILE_NAME
+    from mqtt_trio.server.store_doctor import check_store_file
+
+    report = check_store_file(loaded.options.persistence.path / FILE_NAME)
+    print("\n".join(report.lines))
+    print("\n".join(f"problem: {each}" for each in report.problems) or "no problem found")
+    return EXIT_FAILURE if report.problems else 0
 
 
 if __name__ == "__main__":

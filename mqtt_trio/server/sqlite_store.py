@@ -27,6 +27,9 @@ from mqtt_trio.server.store_writer import Writer
 
 Synchronous: TypeAlias = Literal["FULL", "NORMAL", "OFF"]
 
+FILE_NAME: Final = "sessions.sqlite3"
+"""Name of the file in `[Persistence] Path`."""
+
 _REOPEN: Final = CORRUPT | {sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN}
 """Primary result codes after which the open file is not trusted to recover by itself."""
 

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from mqtt_trio import __main__ as command_line
 from mqtt_trio.errors import StoreError
-from mqtt_trio.server.sqlite_store import SqliteStore
+from mqtt_trio.server.sqlite_store import FILE_NAME, SqliteStore
 from mqtt_trio.server.store_doctor import check_store_file
 from tests.stores.sqlite_files import as_after_a_kill, fill, load, put, query, realistic
 
@@ -101,3 +102,18 @@ def test_no_file_and_a_file_in_use(tmp_path: Path) -> None:
         check_store_file(path)
     store.close()
     assert check_store_file(path).problems == []
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / FILE_NAME
+    arguments = ["doctor", "--data", str(tmp_path)]
+    assert command_line.main(arguments) == 1
+    assert f"session store {path} cannot be checked: No such file" in capsys.readouterr().err
+    fill(path, realistic(1, 5))
+    assert command_line.main(arguments) == 0
+    said = capsys.readouterr().out
+    assert "sessions: 5 rows, checksums right\n" in said
+    assert said.endswith("\nno problem found\n")
+    query(path, "UPDATE groups SET name = 'other'")
+    assert command_line.main(arguments) == 1
+    assert capsys.readouterr().out.endswith("\nproblem: 1 of groups are damaged\n")
