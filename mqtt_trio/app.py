@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Mapping
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, cast
 
 import trio
 
@@ -22,9 +22,10 @@ from mqtt_trio import __version__
 from mqtt_trio.archive.groups import ArchiveGroup, build_groups
 from mqtt_trio.archive.memory import MemoryStore
 from mqtt_trio.archive.options import ArchiveGroupOptions
-from mqtt_trio.archive.sqlite import SqliteStore, archive_path
+from mqtt_trio.archive.sqlite import SqliteArchive, archive_path
 from mqtt_trio.archive.store import ArchiveStore
 from mqtt_trio.broker.broker import Broker
+from mqtt_trio.broker.journal import Journal
 from mqtt_trio.broker.sys_topics import SysTopics
 from mqtt_trio.config import LoadedConfig
 from mqtt_trio.errors import ConfigError, MqttTrioError, StartError
@@ -34,6 +35,8 @@ from mqtt_trio.host import Host
 from mqtt_trio.logs import configure as configure_logging
 from mqtt_trio.server.clients import Clients
 from mqtt_trio.server.listeners import Listener, open_listeners
+from mqtt_trio.server.sqlite_store import FILE_NAME, SqliteStore, Synchronous
+from mqtt_trio.server.storage import Storage
 from mqtt_trio.server.timers import DeadlineTimer, SysTopicsTimer
 from mqtt_trio.summary import ArchiveSummary, Running, summary
 
@@ -45,7 +48,8 @@ logger = logging.getLogger("mqtt_trio")
 GATEWAYS: Final[Mapping[str, str]] = {"Kafka": "gateways.kafka"}
 """Section of the configuration -> package with `build`."""
 SWITCH_INTERVAL: Final = 0.0005
-"""Seconds: beside a busy gateway thread a round trip takes 4 ms at Python's default, 0.08 ms at this."""
+"""Seconds: beside a busy thread of a gateway or of the store a round trip takes 4 ms at Python's default, 0.08 ms at
+this."""
 GC_THRESHOLDS: Final = (100_000, 50, 50)
 FAREWELL_SHARE: Final = 0.3
 """Of [Shutdown] Timeout, for clients that read their DISCONNECT slowly."""
@@ -60,12 +64,18 @@ class Node:
     def __init__(self, loaded: LoadedConfig) -> None:
         self.loaded = loaded
         self.options = loaded.options
+        persistence = self.options.persistence
         self.broker = Broker(
             self.options.limits,
             random_id=lambda: f"auto-{secrets.token_hex(8)}",
             wall_offset=time.time() - trio.current_time(),
             events=log_event,
+            journal=Journal(limit=persistence.journal_bytes) if persistence.store == "SQLITE" else None,
         )
+        self.storage: Storage | None = None
+        if persistence.store == "SQLITE":
+            store = SqliteStore(persistence.path / FILE_NAME, synchronous=cast(Synchronous, persistence.synchronous))
+            self.storage = Storage(self.broker, store)
         self.host = Host(self.broker, node_id=self.options.node.id, instance_id=secrets.token_bytes(16))
         self.clients = Clients(self.broker, _make_poller(self.broker))
         self.gateways: dict[str, Gateway] = {}
@@ -91,6 +101,9 @@ class Node:
                 )
                 services.start_soon(SysTopicsTimer(sys_topics, self.options.node.sys_interval).run)
             self._build()
+            if self.storage is not None:
+                await self.storage.load()
+                services.start_soon(self.storage.run)
             for gateway in self.gateways.values():
                 await services.start(_run_gateway, gateway, self.host)
             for group in self.groups:
@@ -108,7 +121,7 @@ class Node:
     def _build(self) -> None:
         """Make gateways and archive groups; the order of taps is groups first, then what gateways add."""
         self.gateways = build_gateways(self.loaded)
-        if self.gateways:
+        if self.gateways or self.storage is not None:
             sys.setswitchinterval(SWITCH_INTERVAL)
         self.groups = build_groups(self.options.archive_groups, self._make_store, self.host)
 
@@ -118,7 +131,7 @@ class Node:
         if group.store == "MEMORY":
             return MemoryStore(retention=group.retention, max_size=group.max_size)
         path = archive_path(self.options.persistence.path, group.name)
-        return SqliteStore(path, retention=group.retention, max_size=group.max_size)
+        return SqliteArchive(path, retention=group.retention, max_size=group.max_size)
 
     async def _shut_down(self, accepting: trio.CancelScope) -> None:
         """Stop intake, say goodbye, drain archives, close gateways; whatever they do, within the timeout."""
@@ -132,6 +145,8 @@ class Node:
                 await group.stop()
             for gateway in self.gateways.values():
                 await gateway.stop()
+            if self.storage is not None:
+                await self.storage.stop()
         if scope.cancelled_caught:
             logger.warning("shutdown took longer than [Shutdown] Timeout = %g s; what was left is given up", timeout)
         accepting.cancel()
@@ -140,6 +155,7 @@ class Node:
         """What was started, for the summary."""
         return Running(
             listeners=[listener.describe() for listener in self.listeners],
+            store=self.storage.describe() if self.storage is not None else "",
             archives=[ArchiveSummary(group=group.options, store=group.store.describe()) for group in self.groups],
             gateways={section: gateway.describe() for section, gateway in self.gateways.items()},
         )

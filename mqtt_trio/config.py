@@ -56,12 +56,15 @@ class NodeOptions:
 class PersistenceOptions:
     """[Persistence]"""
 
-    store: str = attrs.field(default="MEMORY", validator=in_(("MEMORY", "SQLITE")))
-    """Where sessions and retained messages live."""
+    store: str = attrs.field(default="SQLITE", validator=in_(("MEMORY", "SQLITE")))
+    """Where sessions and retained messages live. MEMORY: they end with the process."""
     path: FilePath = FilePath("data")
     """Directory of everything that the node keeps on disk, archives included."""
     synchronous: str = attrs.field(default="FULL", validator=in_(("FULL", "NORMAL", "OFF")))
-    """How far SQLite waits for the disk."""
+    """How far SQLite waits for the disk: what a power loss costs. FULL: nothing; NORMAL: the last commits; OFF: also
+    the soundness of the file. A kill of the process costs nothing in any case."""
+    journal_bytes: int = attrs.field(default=64 * 1024 * 1024, validator=ge(1024 * 1024), metadata={"unit": "bytes"})
+    """Bytes of changes that wait to be committed. Outcome: QoS 1 and 2 publishers wait."""
 
 
 @attrs.frozen(kw_only=True)

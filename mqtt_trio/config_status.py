@@ -30,16 +30,6 @@ REFUSED: Final = (
     Refusal("Kafka.Security", (), f"SASL is not built yet: {_OPEN}"),
     Refusal("Kafka.SSL", (), f"TLS to Kafka is not built yet: {_OPEN}"),
     Refusal("Http.Token", (), f"the HTTP interface is not built yet: {_OPEN}"),
-    Refusal(
-        "Persistence.Store",
-        ("MEMORY",),
-        "only MEMORY is built yet: sessions and retained messages end with the process",
-    ),
-    Refusal(
-        "Persistence.Synchronous",
-        (),
-        "there is no store on disk yet: it would promise a durability that does not exist",
-    ),
     Refusal("ArchiveGroups[].Ack", ("none",), 'only "none" is built yet: PUBACK means that this node has the message'),
     Refusal("ArchiveGroups[].OnOutage", (), f"outage policies are not built yet: {_OUTAGE}"),
     Refusal("Kafka.Bus.Ack", ("none",), 'only "none" is built yet: PUBACK means that this node has the message'),

@@ -26,6 +26,8 @@ class Running:
 
     listeners: Sequence[str] = ()
     """`describe()` of each open listener."""
+    store: str = ""
+    """`describe()` of the store of sessions and retained messages, with what it held; empty without one."""
     archives: Sequence[ArchiveSummary] = ()
     gateways: Mapping[str, Sequence[str]] = attrs.field(factory=dict)
     """Lines of each gateway, by its section."""
@@ -41,7 +43,8 @@ def summary(loaded: LoadedConfig, running: Running) -> list[str]:
     lines += _section("archive", _archive_lines(loaded, running.archives))
     for name, texts in running.gateways.items():
         lines += _section(name.lower(), list(texts))
-    lines += _section("persistence", ["sessions and retained messages in memory: they end with the process"])
+    in_memory = 'sessions and retained messages in memory: they end with the process ([Persistence] Store = "SQLITE")'
+    lines += _section("persistence", [running.store or in_memory])
     lines += _section("off", _off_lines(loaded))
     if loaded.inactive:
         lines += _section("not active yet", list(loaded.inactive))
@@ -75,5 +78,5 @@ def _off_lines(loaded: LoadedConfig) -> list[str]:
         lines.append('TLS ([[Listeners]] Tls = { CertFile = "server.pem", KeyFile = "server.key" })')
     if not loaded.options.node.sys_interval:
         lines.append('$SYS topics ([Node] SysInterval = "10s")')
-    lines.append("access control, HTTP interface, sessions on disk: not built yet")
+    lines.append("access control, HTTP interface: not built yet")
     return lines

@@ -195,7 +195,7 @@ def test_summary_of_the_defaults() -> None:
     for expected in (
         r"listeners +tcp 127\.0\.0\.1:1883",
         r"archive +none \(\[\[ArchiveGroups\]\]",
-        r"persistence +.*in memory",
+        r"persistence +.*in memory.*SQLITE",
         r"off +Kafka: .*\[Kafka\.Bus\] Enabled = true",
         r"not active yet +Http\.Port",
     ):

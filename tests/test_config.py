@@ -53,7 +53,7 @@ def test_defaults_need_no_file() -> None:
     assert loaded.options.archive_groups == ()
     assert loaded.options.node.id == socket.gethostname()
     assert loaded.options.shutdown.timeout == 10
-    assert loaded.options.persistence.store == "MEMORY"
+    assert loaded.options.persistence.store == "SQLITE"
     assert loaded.gateways == {}
 
 
@@ -422,7 +422,6 @@ def test_secrets_of_pass_through_tables_are_hidden(load: Any) -> None:
         ('[Kafka.SSL]\nTruststoreLocation = "x"', "Kafka.SSL"),
         ('[Kafka.Bus]\nAck = "store"', "Kafka.Bus.Ack"),
         ('[Kafka.Bus]\nOnOutage = "spool"', "Kafka.Bus.OnOutage"),
-        ('[Persistence]\nStore = "SQLITE"', "Persistence.Store"),
         ('[[ArchiveGroups]]\nName = "a"\nAck = "store"', "ArchiveGroups[0].Ack"),
         ('[[ArchiveGroups]]\nName = "a"\nOnOutage = "reject"', "ArchiveGroups[0].OnOutage"),
         ('[Http]\nToken = "x"', "Http.Token"),

@@ -83,8 +83,6 @@ def test_lines_that_are_not_built_yet_load_or_say_so(tmp_path: Path) -> None:
     assert accepted == {"[[ArchiveGroups]] Ack", "[Kafka.Bus] Ack", "[Kafka.Security] Protocol"}
     assert refused == {
         "[[ArchiveGroups]] OnOutage",
-        "[Persistence] Store",
-        "[Persistence] Synchronous",
         "[Kafka.Bus] OnOutage",
         "[Kafka.Security] SaslMechanism",
         "[Kafka.SSL] TruststoreLocation",

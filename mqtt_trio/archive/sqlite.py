@@ -114,7 +114,7 @@ def open_archive_file(path: Path, *, max_size: int | None, synchronous: str) -> 
     raise StoreError(f"archive store {path}: the new file is unusable as well")
 
 
-class SqliteStore:
+class SqliteArchive:
     """Stores messages in the file at `path`. All batches that wait become one transaction, within bounds.
 
     Retention and size are enforced by the same thread. While the file cannot be written (disk full, locked) batches
@@ -199,7 +199,7 @@ class SqliteStore:
 class _Worker:
     """The blocking half: everything here but the constructor runs in the store's thread."""
 
-    def __init__(self, store: SqliteStore, synchronous: str, clock: Callable[[], float]) -> None:
+    def __init__(self, store: SqliteArchive, synchronous: str, clock: Callable[[], float]) -> None:
         self._store = store
         self._jobs, self._closing = store._jobs, store._closing
         self._synchronous = synchronous

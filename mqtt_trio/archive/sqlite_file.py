@@ -1,4 +1,4 @@
-"""One SQLite file of archived messages: schema, inserts, bounds. Blocking; used in the thread of `sqlite.SqliteStore`.
+"""One SQLite file of archived messages: schema, inserts, bounds. Blocking; runs in the thread of `SqliteArchive`.
 
 The bound `max_size` holds for the file and its write-ahead log together. Three quarters belong to the pages of the
 database, the rest to the log: a transaction is cut so that it fits what is left of the log, and the log is folded

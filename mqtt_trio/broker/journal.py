@@ -13,7 +13,7 @@ would lose a message or deliver it twice.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 import attrs
@@ -197,6 +197,12 @@ class Journal:
         """A delivery that was loaded names a content."""
         self._references.setdefault(key, 0)
         self._name(number, key)
+
+    def drop_contents(self, keys: Iterable[int]) -> None:
+        """Of the contents that were loaded, remove those that no delivery names."""
+        unnamed = [key for key in keys if key not in self._references]
+        self.batch.contents_done += unnamed
+        self.dirty = self.dirty or bool(unnamed)
 
     # Frames that wait
 

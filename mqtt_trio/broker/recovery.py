@@ -60,6 +60,7 @@ class Recovery:
                 session_found.received_kept.add(packet_id)
         for delivery in state.deliveries:
             self._delivery(delivery)
+        journal.drop_contents(state.contents)
         self._finish()
 
     def _retained(self, row: RetainedRow) -> None:

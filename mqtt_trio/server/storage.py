@@ -51,6 +51,8 @@ class Storage:
         self._changed = trio.Event()
         self._quiet = trio.Event()
         self._closing = False
+        self.found = (0, 0, 0)
+        """Sessions, queued and retained messages that the store held at the start."""
 
     async def load(self) -> None:
         """Give the broker what the store held; before its listeners open.
@@ -61,7 +63,15 @@ class Storage:
         state = await self._run_sync(self.store.load)
         self.broker.journal.changed = self._look
         Recovery(self.broker, state, trio.current_time()).run()
+        metrics = self.broker.metrics
+        self.found = (metrics.sessions, metrics.messages_queued, len(state.retained))
         self.broker.flush()
+
+    def describe(self) -> str:
+        """One line for the start-up summary."""
+        sessions, queued, retained = self.found
+        held = f"{sessions} sessions, {queued} queued and {retained} retained messages"
+        return f"{self.store.describe()}, with {held}"
 
     def _look(self) -> None:
         self._changed.set()

@@ -18,7 +18,7 @@ import pytest
 import trio
 
 from mqtt_trio.archive.groups import ArchiveGroup, ArchiveGroupOptions
-from mqtt_trio.archive.sqlite import SqliteStore, archive_path
+from mqtt_trio.archive.sqlite import SqliteArchive, archive_path
 from mqtt_trio.archive.sqlite_file import SCHEMA_VERSION
 from mqtt_trio.archive.store import ArchiveStore, Outcome
 from mqtt_trio.broker.message import Message
@@ -65,7 +65,7 @@ def read_file(path: Path) -> list[Message]:
 
 
 @asynccontextmanager
-async def running(store: SqliteStore) -> AsyncIterator[SqliteStore]:
+async def running(store: SqliteArchive) -> AsyncIterator[SqliteArchive]:
     with trio.fail_after(LIMIT):
         async with trio.open_nursery() as nursery:
             await nursery.start(store.run)
@@ -73,7 +73,7 @@ async def running(store: SqliteStore) -> AsyncIterator[SqliteStore]:
             await store.stop()
 
 
-async def store_all(store: SqliteStore, messages: Sequence[Message]) -> Outcome:
+async def store_all(store: SqliteArchive, messages: Sequence[Message]) -> Outcome:
     """Submit one batch and wait for what becomes of it."""
     outcomes, done = list[Outcome](), trio.Event()
 
@@ -115,7 +115,7 @@ async def test_sqlite_store_passes_the_suite(tmp_path: Path) -> None:
         async def read() -> list[Message]:
             return read_file(path)
 
-        return SqliteStore(path, max_size=64 * MIB), read
+        return SqliteArchive(path, max_size=64 * MIB), read
 
     await check_archive_store(make)
 
@@ -133,7 +133,7 @@ def test_file_names_are_safe_and_distinct(tmp_path: Path) -> None:
 
 async def test_rows_are_readable_with_the_sqlite3_shell(tmp_path: Path) -> None:
     path = archive_path(tmp_path, "Default")
-    async with running(SqliteStore(path)) as store:
+    async with running(SqliteArchive(path)) as store:
         await store_all(store, SAMPLES)
         statement = "SELECT topic, hex(payload), qos, retained, client_id, timestamp_ms FROM messages WHERE id = 2"
         shell = await trio.run_process(["sqlite3", str(path), statement], capture_stdout=True)  # beside the broker
@@ -145,7 +145,7 @@ async def test_rows_are_readable_with_the_sqlite3_shell(tmp_path: Path) -> None:
 
 async def test_group_keeps_bursts_in_its_file_in_order(tmp_path: Path) -> None:
     path = archive_path(tmp_path, "Default")
-    group = ArchiveGroup(ArchiveGroupOptions(name="Default", window_messages=5000), SqliteStore(path), QuietHost())
+    group = ArchiveGroup(ArchiveGroupOptions(name="Default", window_messages=5000), SqliteArchive(path), QuietHost())
     frames = b"".join(b"\x30\x08\x00\x01t" + b"%05d" % n for n in range(4000))
     with trio.fail_after(LIMIT):
         async with trio.open_nursery() as nursery:
@@ -160,7 +160,7 @@ async def test_group_keeps_bursts_in_its_file_in_order(tmp_path: Path) -> None:
 
 
 async def test_history_queries_use_the_indexes(tmp_path: Path) -> None:
-    async with running(SqliteStore(tmp_path / "a.sqlite3")) as store:
+    async with running(SqliteArchive(tmp_path / "a.sqlite3")) as store:
         await store_all(store, SAMPLES)
     where = {"topic = 'a' AND timestamp_ms > 5": "messages_by_topic", "timestamp_ms > 5": "messages_by_time"}
     for condition, index in where.items():
@@ -171,11 +171,11 @@ async def test_history_queries_use_the_indexes(tmp_path: Path) -> None:
 async def test_retention_deletes_old_rows(tmp_path: Path) -> None:
     path, now = tmp_path / "a.sqlite3", NOW
     old = [Message("t", b"old", published_at=NOW - 100 + n * 0.001) for n in range(5000)]
-    async with running(SqliteStore(path, retention=3600, clock=lambda: now)) as store:
+    async with running(SqliteArchive(path, retention=3600, clock=lambda: now)) as store:
         assert await store_all(store, [*old, Message("t", b"new", published_at=NOW)]) == {}
     assert len(read_file(path)) == 5001
     now = NOW + 3550
-    async with running(SqliteStore(path, retention=3600, clock=lambda: now)) as store:
+    async with running(SqliteArchive(path, retention=3600, clock=lambda: now)) as store:
         while len(query(path, "SELECT id FROM messages")) > 1:
             await store_all(store, [])  # each round of the thread deletes some
     assert [message.payload for message in read_file(path)] == [b"new"]
@@ -189,7 +189,7 @@ def disk_size(path: Path) -> int:
 async def test_file_stays_within_max_size_under_sustained_writes(tmp_path: Path, topics: int, payload: int) -> None:
     path, largest = tmp_path / "a.sqlite3", 0
     total = 4 * MIB // (payload + 200)
-    async with running(SqliteStore(path, max_size=MIB)) as store:
+    async with running(SqliteArchive(path, max_size=MIB)) as store:
         for start in range(0, total, 50):
             batch = [
                 Message(f"topic/{n % topics}", b"%06d" % n + os.urandom(payload), published_at=NOW + n)
@@ -205,7 +205,7 @@ async def test_file_stays_within_max_size_under_sustained_writes(tmp_path: Path,
 
 
 async def test_message_that_max_size_leaves_no_room_for_fails_alone(tmp_path: Path) -> None:
-    async with running(SqliteStore(tmp_path / "a.sqlite3", max_size=MIB)) as store:
+    async with running(SqliteArchive(tmp_path / "a.sqlite3", max_size=MIB)) as store:
         outcome = await store_all(store, [Message("t", b"1"), Message("t", bytes(300_000)), Message("t", b"3")])
         assert await store_all(store, [Message("t", bytes(200_000))]) == {}
     assert list(outcome) == [1]
@@ -215,10 +215,10 @@ async def test_message_that_max_size_leaves_no_room_for_fails_alone(tmp_path: Pa
 
 async def test_lowered_max_size_shrinks_the_file(tmp_path: Path) -> None:
     path = tmp_path / "a.sqlite3"
-    async with running(SqliteStore(path)) as store:
+    async with running(SqliteArchive(path)) as store:
         await store_all(store, [Message(f"t/{n % 50}", b"%04d" % n + bytes(2400)) for n in range(2000)])
     assert disk_size(path) > 4 * MIB
-    async with running(SqliteStore(path, max_size=MIB)) as store:
+    async with running(SqliteArchive(path, max_size=MIB)) as store:
         while disk_size(path) > MIB:
             await store_all(store, [])  # each round of the thread deletes or gives back some
     kept = [int(message.payload[:4]) for message in read_file(path)]
@@ -228,7 +228,7 @@ async def test_lowered_max_size_shrinks_the_file(tmp_path: Path) -> None:
 
 async def test_message_that_cannot_be_written_fails_alone(tmp_path: Path) -> None:
     broken = Message("t", b"2", properties=MessageProperties(content_type="\ud800"))  # no UTF-8: a bug upstream
-    async with running(SqliteStore(tmp_path / "a.sqlite3")) as store:
+    async with running(SqliteArchive(tmp_path / "a.sqlite3")) as store:
         outcome = await store_all(store, [Message("t", b"1"), broken, Message("t", b"3")])
     assert list(outcome) == [1]
     assert isinstance(outcome[1], StoreError)
@@ -239,11 +239,11 @@ CHILD = """
 import sys, trio
 from pathlib import Path
 from mqtt_trio.archive.groups import ArchiveGroup, ArchiveGroupOptions
-from mqtt_trio.archive.sqlite import SqliteStore
+from mqtt_trio.archive.sqlite import SqliteArchive
 from mqtt_trio.broker.message import Message
 
 async def main():
-    store = SqliteStore(Path(sys.argv[1]), max_size=8 * 1024 * 1024)
+    store = SqliteArchive(Path(sys.argv[1]), max_size=8 * 1024 * 1024)
     async with trio.open_nursery() as nursery:
         await nursery.start(store.run)
         for start in range(0, 10**9, 10):
@@ -274,7 +274,7 @@ async def test_committed_rows_survive_kill_9(tmp_path: Path) -> None:
                 reported += chunk
             await process.wait()
     last = int(reported[: reported.rindex(b"\n")].split()[-1])
-    async with running(SqliteStore(path, max_size=8 * MIB)) as store:  # takes the log that the killed process left
+    async with running(SqliteArchive(path, max_size=8 * MIB)) as store:  # takes the log that the killed process left
         await store_all(store, [Message("t", b"after")])
     payloads = [message.payload for message in read_file(path)]
     assert payloads.pop() == b"after"
@@ -319,7 +319,7 @@ async def test_unusable_file_is_set_aside(
         path.unlink(missing_ok=True)
         make(path)
         before = path.read_bytes()
-        async with running(SqliteStore(path)) as store:
+        async with running(SqliteArchive(path)) as store:
             assert await store_all(store, SAMPLES) == {}
         aside = tmp_path / f"archive-A.sqlite3.corrupt-{number}"
         assert aside.read_bytes() == before
@@ -329,13 +329,13 @@ async def test_unusable_file_is_set_aside(
 
 async def test_file_that_is_damaged_while_in_use_is_set_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "a.sqlite3"
-    async with running(SqliteStore(path)) as store:
+    async with running(SqliteArchive(path)) as store:
         await store_all(store, [Message(f"t/{n}", bytes(500)) for n in range(500)])
     size = path.stat().st_size
     with path.open("r+b") as file:  # the first page stays, so that the damage shows at the first insert only
         file.seek(4096)
         file.write(b"\xa5" * (size - 4096))
-    async with running(SqliteStore(path)) as store:
+    async with running(SqliteArchive(path)) as store:
         assert await store_all(store, SAMPLES) == {}
     assert read_file(path) == list(SAMPLES)
     assert (tmp_path / "a.sqlite3.corrupt-1").stat().st_size >= size
@@ -345,7 +345,7 @@ async def test_file_that_is_damaged_while_in_use_is_set_aside(tmp_path: Path, ca
 async def test_locked_file_keeps_the_batch_and_says_so_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     path, outcomes = tmp_path / "a.sqlite3", list[Outcome]()
-    async with running(SqliteStore(path)) as store:
+    async with running(SqliteArchive(path)) as store:
         with closing(sqlite3.connect(path, isolation_level=None)) as other:
             other.execute("BEGIN IMMEDIATE")
             async with LogWatch("cannot be written: database is locked; another process keeps it locked"):
@@ -360,7 +360,7 @@ async def test_locked_file_keeps_the_batch_and_says_so_once(tmp_path: Path, capl
 
 
 async def test_full_disk_keeps_the_batch(tmp_path: Path) -> None:
-    store, outcomes = SqliteStore(tmp_path / "a.sqlite3"), list[Outcome]()
+    store, outcomes = SqliteArchive(tmp_path / "a.sqlite3"), list[Outcome]()
     async with running(store):
         file = store._worker._file
         assert file is not None
@@ -375,7 +375,7 @@ async def test_full_disk_keeps_the_batch(tmp_path: Path) -> None:
 
 async def test_cancelled_stop_gives_up_at_once(tmp_path: Path) -> None:
     path, outcomes = tmp_path / "a.sqlite3", list[Outcome]()
-    store = SqliteStore(path)
+    store = SqliteArchive(path)
     with trio.fail_after(LIMIT):
         async with trio.open_nursery() as nursery:
             await nursery.start(store.run)
@@ -397,10 +397,10 @@ async def test_unusable_place_is_named_with_its_mend(tmp_path: Path, place: str)
         path.mkdir(parents=True)
     async with trio.open_nursery() as nursery:
         with pytest.raises(StoreError, match=r"a\.sqlite3.*let the user that runs the broker write there"):
-            await nursery.start(SqliteStore(path).run)
+            await nursery.start(SqliteArchive(path).run)
 
 
 def test_description_names_file_and_bounds(tmp_path: Path) -> None:
-    assert SqliteStore(tmp_path / "a").describe() == f"SQLite {tmp_path}/a"
-    bounded = SqliteStore(tmp_path / "a", retention=7 * 86_400, max_size=1024 * MIB)
+    assert SqliteArchive(tmp_path / "a").describe() == f"SQLite {tmp_path}/a"
+    bounded = SqliteArchive(tmp_path / "a", retention=7 * 86_400, max_size=1024 * MIB)
     assert bounded.describe() == f"SQLite {tmp_path}/a, at most 1024 MiB, kept for 168 h"
