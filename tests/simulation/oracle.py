@@ -1,0 +1,130 @@
+"""Judges a history by the specification: nothing lost, doubled, forged or out of order."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from functools import cache
+
+import attrs
+
+from tests.simulation.history import NEVER, Delivery, Flow, History, Interest, Message
+
+
+@attrs.frozen
+class Violation:
+    """Something that must not have happened."""
+
+    kind: str
+    """lost, duplicate, order, forged, altered, unwanted, repeated, unacknowledged, wire."""
+    client: str
+    text: str
+    flow: Flow | None = None
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.client}: {self.text}"
+
+
+def judge(history: History) -> list[Violation]:
+    """Return every violation. The simulation is over: everybody is connected, nothing is under way."""
+    found = [Violation("wire", client, text) for client, text in history.complaints]
+    found += [
+        Violation("unacknowledged", message.publisher, str(message), message.flow)
+        for message in history.messages
+        if message.qos and message.taken_at == NEVER
+    ]
+    for client, interest in history.interests.items():
+        if not interest.spans and not interest.deliveries:
+            continue  # most clients only publish
+        found += _judge_deliveries(client, interest, history)
+        found += _judge_debts(client, interest, history)
+    return found
+
+
+def _judge_deliveries(client: str, interest: Interest, history: History) -> Iterator[Violation]:
+    """Judge what came: once, in order, unchanged, and wanted."""
+    count: Counter[bytes] = Counter()
+    last: dict[tuple[Flow, int], int] = {}
+    for delivery in interest.deliveries:
+        message = history.by_payload.get(delivery.payload)
+        if message is None or message.sent_at > delivery.at:
+            yield Violation("forged", client, f"got {delivery.payload!r}, which nobody had sent")
+            continue
+        flow = message.flow
+        count[delivery.payload] += 1
+        if wrong := _difference(delivery, message, interest):
+            yield Violation("altered", client, f"got {message} with {wrong}", flow)
+        if not _wanted(message, interest, must=False):
+            yield Violation("unwanted", client, f"got {message} without a subscription", flow)
+        if count[delivery.payload] > 1:
+            if delivery.qos == 2:
+                yield Violation("duplicate", client, f"got {message} again", flow)
+            continue
+        if message.attempts > 1 and not (delivery.qos and _wanted(message, interest, must=True)):
+            continue  # its first PUBLISH may have met no subscription or, at QoS 0, no room
+        before = last.get((flow, delivery.qos), -1)
+        if message.number < before:
+            yield Violation("order", client, f"got {message} behind number {before}", flow)
+        last[flow, delivery.qos] = max(before, message.number)
+    for payload, times in interest.first_sent.items():
+        sent = history.by_payload.get(payload)
+        if sent is not None and times > (sent.attempts if sent.qos == 1 else 1):
+            text = f"{sent} was sent {times} times without DUP; it came {sent.attempts} times from its publisher"
+            yield Violation("repeated", client, text, sent.flow)
+
+
+def _difference(delivery: Delivery, message: Message, interest: Interest) -> str:
+    """Say what a delivery has otherwise than its message, or nothing."""
+    if delivery.topic_name != message.topic_name:
+        return f"the Topic Name {delivery.topic_name}"
+    expected = effective_qos(message, interest)
+    if expected is not None and delivery.qos != expected:
+        return f"QoS {delivery.qos}, {expected} was granted"
+    if interest.v5 and delivery.user_properties != message.user_properties:
+        return f"the User Properties {delivery.user_properties!r}"
+    return ""
+
+
+def _judge_debts(client: str, interest: Interest, history: History) -> Iterator[Violation]:
+    """Look for what should have come and did not."""
+    got = {delivery.payload for delivery in interest.deliveries}
+    for message in history.messages:
+        if message.payload in got or not effective_qos(message, interest):
+            continue
+        if _wanted(message, interest, must=True):
+            text = f"never got {message}, acknowledged at {message.taken_at:.4f}"
+            yield Violation("lost", client, text, message.flow)
+
+
+def effective_qos(message: Message, interest: Interest) -> int | None:
+    """Return the QoS at which a client gets a message, None where no filter matches."""
+    granted = [qos for topic_filter, qos in interest.filters.items() if matches(topic_filter, message.topic_name)]
+    return min(message.qos, max(granted)) if granted else None
+
+
+def _wanted(message: Message, interest: Interest, *, must: bool) -> bool:
+    """Whether a message must be delivered: the client was subscribed from its first PUBLISH to its acknowledgement;
+    or whether it may be: the client was perhaps subscribed at some instant in between."""
+    for topic_filter, spans in interest.spans.items():
+        if not matches(topic_filter, message.topic_name):
+            continue
+        for span in spans:
+            if must:
+                if span.must_from <= message.sent_at and message.taken_at <= span.must_until:
+                    return True
+            elif span.may_from <= message.taken_at and message.sent_at <= span.may_until:
+                return True
+    return False
+
+
+@cache
+def matches(topic_filter: str, topic_name: str) -> bool:
+    """Whether a filter matches a name [MQTT5-4.7.1]."""
+    levels = topic_name.split("/")
+    parts = topic_filter.split("/")
+    for at, part in enumerate(parts):
+        if part == "#":
+            return True
+        if at >= len(levels) or part not in ("+", levels[at]):
+            return False
+    return len(parts) == len(levels)

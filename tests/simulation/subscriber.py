@@ -1,0 +1,93 @@
+"""How a simulated client asks for its subscriptions, and asks again where no answer came."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING
+
+import attrs
+
+from tests.simulation.codec import read_number, two_bytes
+from tests.simulation.history import Interest, Span
+from tests.wire import subscribe, unsubscribe
+
+if TYPE_CHECKING:
+    from tests.simulation.client import Client, Talk
+
+
+@attrs.define
+class Request:
+    """A SUBSCRIBE or UNSUBSCRIBE that is to be made."""
+
+    wanted: bool
+    filters: list[str]
+    packet_id: int = 0
+    """Once it is sent on this connection."""
+
+
+class Subscriber:
+    """Makes one request at a time, in order."""
+
+    def __init__(self, client: Client) -> None:
+        self.client = client
+        plan = client.plan
+        self.interest = Interest({**plan.filters, **plan.late_filters}, plan.habits.v5)
+        client.history.interests[client.name] = self.interest
+        self.requests: deque[Request] = deque()
+        if plan.filters:
+            self.requests.append(Request(True, list(plan.filters)))
+        self._packet_id = 100
+
+    def change(self, wanted: bool, topic_filter: str) -> None:
+        """Subscribe to a filter or leave it, once what was asked before is answered."""
+        self.requests.append(Request(wanted, [topic_filter]))
+
+    def connected(self, talk: Talk) -> None:
+        """What was not answered is asked again."""
+        if self.requests:
+            self.requests[0].packet_id = 0
+
+    def ask(self, talk: Talk) -> None:
+        """Send the next request if the last one is answered."""
+        if not talk.accepted or not self.requests or self.requests[0].packet_id:
+            return
+        request, client = self.requests[0], self.client
+        self._packet_id += 1
+        request.packet_id = self._packet_id
+        now = client.world.now
+        for topic_filter in request.filters:
+            spans = self.interest.spans[topic_filter]
+            if request.wanted:
+                if not spans or spans[-1].may_until <= now:
+                    spans.append(Span(now))
+            elif spans:
+                spans[-1].must_until = min(spans[-1].must_until, now)
+        if request.wanted:
+            client.note(f"SUBSCRIBE {' '.join(request.filters)}")
+            filters = [(f, self.interest.filters[f]) for f in request.filters]
+            talk.writing.append(subscribe(client.version, request.packet_id, *filters))
+        else:
+            client.note(f"UNSUBSCRIBE {' '.join(request.filters)}")
+            talk.writing.append(unsubscribe(client.version, request.packet_id, *request.filters))
+
+    def answered(self, talk: Talk, first: int, body: bytes) -> None:
+        """SUBACK or UNSUBACK came."""
+        request, client = self.requests[0] if self.requests else None, self.client
+        if request is None or two_bytes(body) != request.packet_id or (first == 0x90) is not request.wanted:
+            client.complain(f"packet {first:#x} {two_bytes(body)} answers nothing")
+            return
+        client.note("SUBACK" if request.wanted else "UNSUBACK")
+        self.requests.popleft()
+        at = 2
+        if client.habits.v5:
+            size, at = read_number(body, at)
+            at += size
+        granted = list(body[at:])
+        if request.wanted and granted != [self.interest.filters[f] for f in request.filters]:
+            client.complain(f"SUBACK with {granted}")
+        for topic_filter in request.filters:
+            spans = self.interest.spans[topic_filter]
+            if request.wanted:
+                spans[-1].must_from = min(spans[-1].must_from, client.world.now)
+            elif spans:
+                spans[-1].may_until = min(spans[-1].may_until, client.world.now)
