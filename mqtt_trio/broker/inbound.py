@@ -139,7 +139,7 @@ class Inbound:
         holds = [answer for answer in answers if isinstance(answer, Hold)]
         packet = PubAck(packet_id) if qos == 1 else PubRec(packet_id)
         if not holds and not session.acks:
-            if kept is not None or link.outbox.held:
+            if kept is not None or link.outbox.answers_wait:
                 self.hold(link.outbox, qos, packet_id, kept)
             else:
                 self.broker.reply(link, packet)
@@ -165,7 +165,7 @@ class Inbound:
         acks = session.acks
         while acks and acks[0].waiting_for == 0:
             ack = acks.popleft()
-            if ack.refused is None and (ack.kept is not None or link.outbox.held):
+            if ack.refused is None and (ack.kept is not None or link.outbox.answers_wait):
                 self.hold(link.outbox, ack.qos, ack.packet_id, ack.kept)
                 continue
             frame = ack.frame if ack.refused is None else ack.on_refused(ack.refused)
@@ -208,7 +208,7 @@ class Inbound:
 
     def _put_answer(self, link: ClientLink, frame: bytes) -> None:
         """Send a negative answer, behind answers that wait for the store."""
-        if link.outbox.held:
+        if link.outbox.answers_wait:
             self.broker.journal.hold(link.outbox).acks.append(frame)
             return
         link.outbox.put(frame)

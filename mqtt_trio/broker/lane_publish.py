@@ -125,7 +125,7 @@ def take_publishes(lane: FastLane, data: bytes, pos: int, end: int, now: float) 
             if mine.session is None:
                 break
             continue
-        if answers or acks or mine.held:
+        if answers or acks or (mine.held and mine.answers_wait):
             broker.acknowledge_later(session, qos, number, answers or (), None)
             if mine.session is None:
                 break  # a Hold that was released as refused before we came ended a 3.x client

@@ -67,6 +67,11 @@ class Outbox:
         self.starved = False
         """A message waits in the session's queue because there was no room: the flusher pumps when there is."""
 
+    @property
+    def answers_wait(self) -> bool:
+        """Whether answers to publishes wait for the store: later ones go behind them."""
+        return any(held.acks for held in self.held)
+
     def put(self, frame: bytes) -> None:
         """Append a control packet; it is never refused, its number is bounded by what the client may have open."""
         if not self.frames:
