@@ -10,6 +10,7 @@
 //              [--warm 1] [--rate MESSAGES_PER_S] [--v5] [--ws [--path /mqtt]] [--pid BROKER_PID] [--idle CONNECTIONS]
 //              [--sub-port PORT]  subscribers on another node
 //              [--single]         every PUBLISH in a write of its own, as devices send them
+//              [--kept]           subscribers with sessions that outlive their connections
 //
 // Exit codes: 0 measured; 1 nothing was delivered; 2 usage, or the broker refused or closed something.
 #define _GNU_SOURCE
@@ -48,7 +49,7 @@ enum mode { P2P, FANIN, FANOUT };
 static struct {
     enum mode mode;
     int pubs, subs, qos, size, window, port, sub_port, idle;
-    bool v5, ws, single;
+    bool v5, ws, single, kept;
     double seconds, warm, rate;
     long pid;
     const char *path;
@@ -197,12 +198,21 @@ static void send_connect(struct connection *c) {
     char kind = c->is_subscriber ? 's' : 'p';
     int length = snprintf(client_id, sizeof client_id, "load-%c%d-%d", kind, c->id, getpid() % 10000);
     uint8_t packet[128];
-    uint8_t *p = put_header(packet, 0x10, 10 + opt.v5 + 2 + (size_t)length);
+    bool kept = opt.kept && c->is_subscriber;
+    size_t properties = opt.v5 ? 1 + (kept ? 5 : 0) : 0;
+    uint8_t *p = put_header(packet, 0x10, 10 + properties + 2 + (size_t)length);
     p = put_string(p, "MQTT", 4);
     *p++ = opt.v5 ? 5 : 4;
-    *p++ = 2;           // clean start
-    p = put_u16(p, 0);  // no keep alive
-    if (opt.v5) *p++ = 0;
+    *p++ = kept ? 0 : 2;  // clean start
+    p = put_u16(p, 0);    // no keep alive
+    if (opt.v5) {
+        *p++ = kept ? 5 : 0;
+        if (kept) {
+            *p++ = 0x11;  // Session Expiry Interval: an hour
+            p = put_u16(p, 0);
+            p = put_u16(p, 3600);
+        }
+    }
     p = put_string(p, client_id, length);
     put(c, packet, (size_t)(p - packet));
     flush(c);
@@ -576,7 +586,7 @@ static void parse_options(int count, char **arguments) {
     const struct { const char *name; double *value; } reals[] = {
         {"--seconds", &opt.seconds}, {"--warm", &opt.warm}, {"--rate", &opt.rate}};
     const struct { const char *name; bool *value; } switches[] = {
-        {"--v5", &opt.v5}, {"--ws", &opt.ws}, {"--single", &opt.single}};
+        {"--v5", &opt.v5}, {"--ws", &opt.ws}, {"--single", &opt.single}, {"--kept", &opt.kept}};
     for (int i = 1; i < count; i++) {
         const char *name = arguments[i];
         bool known = false;
