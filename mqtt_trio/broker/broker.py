@@ -168,7 +168,7 @@ class Broker:
                 outbox.flush()
         journal = self.journal
         if journal.dirty:
-            if journal.size > journal.limit:
+            if journal.size > journal.limit and journal.failing is None:  # while it fails they are refused instead
                 self.stop_publishers(journal)
             journal.changed()
 

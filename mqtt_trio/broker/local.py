@@ -75,6 +75,8 @@ class LocalPublisher:
             setattr(metrics, name, value)
         metrics.messages_local += run.count
         lane.session.received.clear()
+        lane.outbox.held.clear()
+        lane.outbox.held_acks = 0
         lane.outbox.frames.clear()
         lane.outbox.touched.clear()
         lane.outbox.room = lane.outbox.limit

@@ -15,6 +15,7 @@ the second. docs/testing.md is the guide.
 Nothing in here asserts, so a conftest.py may import it beside `pytest_plugins`: PYTEST_DONT_REWRITE.
 """
 
+from mqtt_trio.broker.store import MemoryStore as MemoryStore
 from mqtt_trio.testing.broker import EPOCH as EPOCH
 from mqtt_trio.testing.broker import MemoryBroker as MemoryBroker
 from mqtt_trio.testing.broker import memory_broker as memory_broker

@@ -10,10 +10,12 @@ import trio.testing
 from mqtt_trio.broker.fast_lane import FastLane
 from mqtt_trio.broker.journal import Journal, merge
 from mqtt_trio.broker.limits import Limits
+from mqtt_trio.broker.local import LocalPublisher
 from mqtt_trio.broker.message import Message
 from mqtt_trio.broker.recovery import Recovery
 from mqtt_trio.broker.session import Delivery
 from mqtt_trio.broker.store import Batch
+from mqtt_trio.broker.tap import FrameRun
 from mqtt_trio.protocol.codes import ProtocolVersion, QoS
 from mqtt_trio.protocol.encode import encode
 from mqtt_trio.protocol.packets import (
@@ -459,3 +461,30 @@ async def test_merging_keeps_the_last_word(autojump_clock: Clock) -> None:
     assert not batch.received
     assert not batch.empty
     assert Batch().empty
+
+
+async def test_what_a_gateway_brings_is_kept(autojump_clock: Clock) -> None:
+    play = Play()
+    play.subscriber("s", V5, "t")
+    local = LocalPublisher(play.world.broker, "gateway", lambda: play.world.now)
+    for number in range(1, 4):
+        frame = encode(publish(number, 1), V5)
+        local.publish_runs([FrameRun(frame, 1, 1, V5, "elsewhere", 0.0)])
+    local.publish([Message("t", b"4", 1)])
+    play.world.do("commit", "", None)
+    assert [lane.outbox.frames for lane in local._lanes] == [[], []]
+    assert [lane.outbox.held_acks for lane in local._lanes] == [0, 0]
+    assert len(play.restart().broker.connections.sessions["s"].inflight) == 4
+
+
+async def test_a_full_journal_of_a_failing_store_stops_nobody(autojump_clock: Clock) -> None:
+    play = Play()
+    play.subscriber("s", V5, "t")
+    play.world.broker.journal.limit = 1000
+    link = play.connect("p", V5, kept=False)
+    play.send("p", *(publish(number, 1) for number in range(1, 4)))
+    play.fail("p")
+    play.send("p", *(publish(0, 0, f"r/{number}", retain=True) for number in range(20)))
+    play.fail("p")
+    assert play.send("p", publish(9, 1))[2:5] == b"\0\x09\x97"
+    assert not link.paused
