@@ -102,29 +102,36 @@ class Page:
         self._server = server
         self._browser = browser
         self._number = 0
+        self._kept: list[dict[str, Any]] = []
+        """Reports of other jobs, which nobody has asked for yet."""
         self.origin = f"http://127.0.0.1:{server.server_port}"
 
     def start(self, job: dict[str, Any]) -> int:
         """Give the page a job; return its number."""
         self._number += 1
-        self._server.jobs.put({"id": self._number, "will": None, "library": "mqtt.js", **job})
+        self._server.jobs.put({"id": self._number, **job})
         return self._number
 
     def wait_for(self, job: int, kind: str) -> dict[str, Any]:
-        """Return the report `kind` of `job`, waiting for it; reports of older jobs, which failed, are passed over.
+        """Return the next report of `job`, which must be `kind`, waiting for it; reports of other jobs are kept.
 
         Raises:
           AssertionError: the page reports something else, a failure perhaps, or nothing in time.
         """
-        while True:
+        report = next((kept for kept in self._kept if kept["job"] == job), None)
+        if report is not None:
+            self._kept.remove(report)
+        while report is None:
             try:
                 report = self._server.reports.get(timeout=REPORT_LIMIT)
             except queue.Empty:
                 text = f"the page said nothing for {REPORT_LIMIT} s; Chromium said:\n{self._browser.text}"
                 raise AssertionError(text) from None
-            if report["job"] == job:
-                assert report["kind"] == kind, report
-                return report
+            if report["job"] != job:
+                self._kept.append(report)
+                report = None
+        assert report["kind"] == kind, report
+        return report
 
 
 @contextmanager

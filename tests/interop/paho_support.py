@@ -22,7 +22,7 @@ from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from tests.interop.broker_process import BrokerProcess
-from tests.interop.lines import LIMIT
+from tests.interop.lines import LIMIT, wait_until
 
 V31: Final = MQTTProtocolVersion.MQTTv31
 V311: Final = MQTTProtocolVersion.MQTTv311
@@ -42,6 +42,10 @@ class Heard:
     content_type: str | None = None
     response_topic: str | None = None
     correlation_data: bytes | None = None
+    message_expiry_interval: int | None = attrs.field(default=None, eq=False)
+    """Seconds; it counts down on the way, so it is not compared."""
+    topic_alias: int | None = attrs.field(default=None, eq=False)
+    """Of one connection, so it is not compared. A known alias comes with the empty topic: paho does not look it up."""
 
 
 def heard(message: MQTTMessage) -> Heard:
@@ -56,6 +60,8 @@ def heard(message: MQTTMessage) -> Heard:
         getattr(properties, "ContentType", None),
         getattr(properties, "ResponseTopic", None),
         getattr(properties, "CorrelationData", None),
+        getattr(properties, "MessageExpiryInterval", None),
+        getattr(properties, "TopicAlias", None),
     )
 
 
@@ -67,6 +73,8 @@ def publish_properties(message: Heard, *, will: bool = False, **more: object) ->
         "ContentType": message.content_type,
         "ResponseTopic": message.response_topic,
         "CorrelationData": message.correlation_data,
+        "MessageExpiryInterval": message.message_expiry_interval,
+        "TopicAlias": message.topic_alias,
         **more,
     }
     for name, value in values.items():
@@ -91,6 +99,7 @@ class PahoClient:
         will: Heard | None = None,
         will_delay: int | None = None,
         inflight: int = 20,
+        topic_alias_maximum: int = 0,
     ) -> None:
         self.messages: list[Heard] = []
         self._queue: queue.SimpleQueue[Heard] = queue.SimpleQueue()
@@ -119,12 +128,13 @@ class PahoClient:
         if will is not None:
             properties = publish_properties(will, will=True, WillDelayInterval=will_delay) if self._v5 else None
             self.client.will_set(will.topic, will.payload, will.qos, will.retain, properties)
-        self._connect(broker.ws_port if transport == "websockets" else broker.port, clean, session_expiry_interval)
+        properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
+        properties.SessionExpiryInterval = session_expiry_interval
+        properties.TopicAliasMaximum = topic_alias_maximum
+        self._connect(broker.ws_port if transport == "websockets" else broker.port, clean, properties)
 
-    def _connect(self, port: int, clean: bool, session_expiry_interval: int) -> None:
+    def _connect(self, port: int, clean: bool, properties: Properties) -> None:
         if self._v5:
-            properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
-            properties.SessionExpiryInterval = session_expiry_interval
             self.client.connect("127.0.0.1", port, keepalive=60, clean_start=clean, properties=properties)
         else:
             self.client.connect("127.0.0.1", port, keepalive=60)
@@ -233,6 +243,12 @@ class PahoClient:
         """Send DISCONNECT if there is a connection, end the thread."""
         self.client.disconnect()
         self.client.loop_stop()
+
+
+def wait_until_expired(broker: BrokerProcess, topic: str) -> None:
+    """Return once the retained message of `topic` is gone; whatever was published before it with the same Message
+    Expiry Interval has expired as well."""
+    wait_until(lambda: retained_at(broker, topic) is None, f"{topic} still has a retained message")
 
 
 def retained_at(broker: BrokerProcess, topic: str) -> Heard | None:
