@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
 
 from tests.interop.broker_process import BrokerProcess
 from tests.interop.lines import LineProcess, require_tool
-from tests.interop.mosquitto import END, Received, Subscriber, publish, publish_lines
+from tests.interop.mosquitto import END, MARK, Received, Subscriber, publish, publish_lines
+from tests.interop.paho_support import wait_until_expired
 
 pytestmark = pytest.mark.interop
 
@@ -173,10 +175,75 @@ def test_request_and_response(broker: BrokerProcess, topic: str) -> None:
             assert asking.wait() == 0
 
 
-def test_expiry_of_queued_and_retained(broker: BrokerProcess, topic: str) -> None:
+def test_expiry_of_a_retained_message(broker: BrokerProcess, topic: str) -> None:
     """What is left of the Message Expiry Interval reaches the subscriber of a retained message."""
     options = ["-D", "publish", "message-expiry-interval", "300", "-r"]
     publish(broker.port, topic, "kept", version="mqttv5", qos=1, options=options)
     with Subscriber(broker.port, topic, version="mqttv5", options=["-F", "%p expires in %E"]) as subscriber:
         found = subscriber.wait_for(r"^kept expires in (\d+)")
         assert 250 < int(found[1]) <= 300
+
+
+@pytest.mark.spec("MQTT5-3.3.2-5", "MQTT5-3.3.2-6")
+def test_expiry_in_the_queue(broker: BrokerProcess, topic: str) -> None:
+    session = ["-c", "-i", topic.replace("/", "-"), "-x", "600", "-F", "%p expires in %E"]
+    with Subscriber(broker.port, f"{topic}/+", version="mqttv5", options=session) as first:
+        first.terminate()
+    for name, seconds, more in (("lasting", "300", []), ("short", "1", ["-r"])):
+        options = ["-D", "publish", "message-expiry-interval", seconds, *more]
+        publish(broker.port, f"{topic}/{name}", name, version="mqttv5", qos=1, options=options)
+    wait_until_expired(broker, f"{topic}/short")
+    with Subscriber(broker.port, f"{topic}/+", version="mqttv5", options=session) as second:
+        publish(broker.port, f"{topic}/end", END, version="mqttv5", qos=1)
+        second.wait_for(END)
+        [queued] = second.matches(r"^(lasting|short) expires in (\d+)")
+    assert queued[1] == "lasting"
+    assert 250 < int(queued[2]) < 300
+
+
+def test_delayed_will(broker: BrokerProcess, topic: str) -> None:
+    will = ["--will-topic", f"{topic}/will", "--will-payload", "gone", "--will-qos", "1", "-x", "600"]
+    will += ["-D", "will", "will-delay-interval", "1"]
+    with (
+        Subscriber(broker.port, f"{topic}/will", version="mqttv5") as watcher,
+        Subscriber(broker.port, topic, version="mqttv5", options=will) as dying,
+    ):
+        begin = time.monotonic()
+        dying.kill()
+        assert watcher.received(1) == [Received(f"{topic}/will", b"gone", 1)]
+        assert time.monotonic() - begin >= 1
+
+
+@qualities
+def test_topic_alias(broker: BrokerProcess, topic: str, qos: int) -> None:
+    """mosquitto_pub sends the Topic Name once; mosquitto_sub has not learnt to look an alias up."""
+    command = [require_tool("mosquitto_pub"), "-d", "-h", "127.0.0.1", "-p", str(broker.port), "-V", "mqttv5"]
+    command += ["-q", str(qos), "-t", topic, "-m", "again", "--repeat", "3", "-D", "publish", "topic-alias", "16"]
+    with Subscriber(broker.port, topic, version="mqttv5") as subscriber:
+        with LineProcess(command) as publisher:
+            assert publisher.wait() == 0
+        assert len(publisher.matches(r"sending PUBLISH .* '\(null\)'")) == 2
+        assert subscriber.received(3) == [Received(topic, b"again", qos)] * 3
+
+
+@pytest.mark.parametrize("version", ["mqttv311", "mqttv5"])
+@qualities
+def test_shared_subscription(broker: BrokerProcess, topic: str, version: str, qos: int, tmp_path: Path) -> None:
+    lines = [f"{number}" for number in range(30)]
+    filters = (f"$share/group/{topic}/work", f"{topic}/end")
+    with (
+        Subscriber(broker.port, *filters, version=version, qos=qos) as one,
+        Subscriber(broker.port, *filters, version=version, qos=qos) as two,
+    ):
+        publish_lines(broker.port, f"{topic}/work", lines, version=version, qos=qos, folder=tmp_path)
+        publish(broker.port, f"{topic}/end", END, version=version, qos=qos)
+        heard = []
+        for member in (one, two):
+            member.wait_for(f"^{MARK}.*{topic}/end")
+            *work, _ = member.so_far()
+            assert work
+            assert work == sorted(work, key=lambda message: int(message.payload))
+            heard += work
+    assert sorted(heard, key=lambda message: int(message.payload)) == [
+        Received(f"{topic}/work", line.encode(), qos) for line in lines
+    ]

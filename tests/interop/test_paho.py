@@ -11,7 +11,7 @@ import pytest
 from paho.mqtt.enums import MQTTProtocolVersion
 
 from tests.interop.broker_process import BrokerProcess
-from tests.interop.paho_support import V5, V31, V311, Heard, PahoClient, Transport
+from tests.interop.paho_support import V5, V31, V311, Heard, PahoClient, Transport, wait_until_expired
 
 pytestmark = pytest.mark.interop
 
@@ -213,3 +213,79 @@ def test_take_over(connect: Connect, version: MQTTProtocolVersion) -> None:
     second = connect(version=version, client_id=name, transport="websockets")
     assert first.ended.wait(10)
     assert not second.ended.is_set()
+
+
+@pytest.mark.spec("MQTT5-3.3.2-12")
+@transports
+@qualities
+def test_topic_aliases_of_the_client(connect: Connect, topic: str, transport: Transport, qos: int) -> None:
+    """The highest alias that the broker allows, given to a second topic later; it stays with its connection."""
+    receiver = connect()
+    receiver.subscribe(f"{topic}/+")
+    sender = connect(transport=transport)
+    for name in (f"{topic}/a", "", f"{topic}/b", "", ""):
+        sender.publish_message(Heard(name, b"", qos, topic_alias=16))
+    heard = receiver.received(5)
+    assert [message.topic for message in heard] == [f"{topic}/{name}" for name in "aabbb"]
+    assert [message.topic_alias for message in heard] == [None] * 5
+
+
+@pytest.mark.spec("MQTT5-3.1.2-26", "MQTT5-3.3.2-11")
+@transports
+@qualities
+def test_topic_aliases_of_the_broker(connect: Connect, topic: str, transport: Transport, qos: int) -> None:
+    receiver = connect(transport=transport, topic_alias_maximum=2)
+    receiver.subscribe(f"{topic}/+")
+    sender = connect()
+    for name in "abcabc":
+        sender.publish(f"{topic}/{name}", name, qos=qos)
+    seen = [(message.payload, message.topic, message.topic_alias) for message in receiver.received(6)]
+    assert seen == [
+        (b"a", f"{topic}/a", 1),
+        (b"b", f"{topic}/b", 2),
+        (b"c", f"{topic}/c", None),
+        (b"a", "", 1),
+        (b"b", "", 2),
+        (b"c", f"{topic}/c", None),
+    ]
+
+
+@pytest.mark.spec("MQTT5-3.3.2-5", "MQTT5-3.3.2-6")
+@transports
+def test_expiry_in_the_queue(broker: BrokerProcess, connect: Connect, topic: str, transport: Transport) -> None:
+    session: dict[str, Any] = {"client_id": topic.replace("/", "-"), "clean": False, "session_expiry_interval": 600}
+    first = connect(transport=transport, **session)
+    first.subscribe(f"{topic}/+")
+    first.close()
+    sender = connect(transport=transport)
+    sender.publish_message(Heard(f"{topic}/lasting", b"lasting", 1, message_expiry_interval=300))
+    sender.publish_message(Heard(f"{topic}/short", b"short", 2, retain=True, message_expiry_interval=1))
+    wait_until_expired(broker, f"{topic}/short")
+    second = connect(transport=transport, **session)
+    sender.publish(f"{topic}/end", END, qos=1)
+    [queued] = second.until(END)
+    assert queued.payload == b"lasting"
+    assert 250 < (queued.message_expiry_interval or 0) < 300
+
+
+@pytest.mark.spec("MQTT5-3.3.2-15", "MQTT5-3.3.2-16")
+@transports
+def test_request_and_response(connect: Connect, topic: str, transport: Transport) -> None:
+    """Two who ask at once find their answers by Response Topic and Correlation Data."""
+    responder = connect()
+    responder.subscribe(f"{topic}/ask")
+    asking = [connect(transport=transport) for _ in range(2)]
+    for number, client in enumerate(asking):
+        client.subscribe(f"{topic}/{number}")
+        for data in (b"\x00", b"\xff"):
+            request = Heard(f"{topic}/ask", b"?", 1, response_topic=f"{topic}/{number}", correlation_data=data)
+            client.publish_message(request)
+    for request in responder.received(4):
+        assert request.response_topic is not None
+        assert request.correlation_data is not None
+        payload = b"to " + request.correlation_data
+        responder.publish_message(Heard(request.response_topic, payload, 1, correlation_data=request.correlation_data))
+    for number, client in enumerate(asking):
+        assert client.received(2) == [
+            Heard(f"{topic}/{number}", b"to " + data, 1, correlation_data=data) for data in (b"\x00", b"\xff")
+        ]
