@@ -178,6 +178,8 @@ class World:
                     link.again, waiting = False, True
                     link.resume(link)
         self.broker.flush()
+        while self.broker.run_deferred(self.now):
+            self.broker.flush()
 
     def do(self, what: str, who: str, argument: Any) -> None:
         """Make one event of a script happen."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
@@ -103,6 +104,7 @@ class Broker:
         self.stopped: set[int] = set()
         """Whoever stopped QoS 1 and 2 publishers, by id()."""
         self._stalled: dict[ClientLink, None] = {}
+        self._deferred: dict[Session, None] = {}
         self._audiences: dict[tuple[object, ...], Audience] = {}
         self.property_blocks: set[bytes] = set()
         """Property blocks that fast lanes found forwardable."""
@@ -152,11 +154,19 @@ class Broker:
 
     def next_deadline(self) -> float | None:
         """Monotonic instant at which `run_deadlines` has work, or None."""
-        return self.connections.next_deadline()
+        return -math.inf if self._deferred else self.connections.next_deadline()
 
     def run_deadlines(self, now: float) -> None:
-        """Publish Wills that are due, end sessions that have expired."""
+        """Go on with deferred sessions, publish Wills that are due, end sessions that have expired."""
+        self.run_deferred(now)
         self.connections.run_deadlines(now)
+
+    def run_deferred(self, now: float) -> bool:
+        """Go on with each deferred session once; False when there was none."""
+        deferred, self._deferred = self._deferred, {}
+        for session in deferred:
+            self.sender.pump(session, now)
+        return bool(deferred)
 
     def flush(self) -> None:
         """Have every touched outbox sent; a flush that fails ends its own link only."""
@@ -178,8 +188,19 @@ class Broker:
 
     def has_room(self, outbox: Outbox, now: float) -> None:
         """A starved outbox was sent: go on with its session's queue."""
-        if outbox.session is not None:
-            self.sender.pump(outbox.session, now)
+        session = outbox.session
+        if session is None:
+            return
+        if session.bursts:
+            self.defer(session)  # others first: it may take all day
+        else:
+            self.sender.pump(session, now)
+
+    def defer(self, session: Session) -> None:
+        """Go on with what waits for a session once everybody else had their turn: `run_deadlines` does."""
+        if not self._deferred:
+            self.connections.deadline_added()
+        self._deferred[session] = None
 
     # What taps and gateways call
 
@@ -370,8 +391,12 @@ class Broker:
             asked = [ReasonCode(subscription.qos) for subscription in packet.subscriptions]
             codes = [qos if code >= 0x80 else code for code, qos in zip(codes, asked, strict=True)]
         self.reply_kept(link, SubAck(packet.packet_id, tuple(codes), why_not_subscribed(codes, self.limits)))
-        for options in wanted:
-            self.bursts.begin(session, options, now)
+        if wanted:
+            for options in wanted:
+                self.bursts.cancel(session, options.topic_filter)
+            for options in wanted:
+                self.bursts.begin(session, options)
+            self.sender.pump(session, now)
         if shared:
             self.shares.arrived(session, now)
         return True

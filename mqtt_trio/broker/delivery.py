@@ -238,15 +238,16 @@ class Sender:
 
     def enqueue(self, delivery: Delivery, owner: Session | ShareGroup, now: float) -> None:
         """Have a delivery wait; what the bounds of the queue push out is dropped and counted."""
-        dropped = owner.queue.add(delivery, self.limits)
-        self.metrics.messages_queued += 1 - len(dropped)
+        expired, dropped = owner.queue.add(delivery, self.limits, now + self.wall_offset)
+        self.metrics.messages_queued += 1 - len(dropped) - len(expired)
         if owner.number and delivery not in dropped:
             self.journal.add(owner.number, delivery, 0)
         session = owner if isinstance(owner, Session) else None
-        for lost in dropped:
-            if lost.number:
-                self.journal.done(lost.number)
-            self.dropped("queue_full", session, lost.message, now)
+        for reason, deliveries in (("expired", expired), ("queue_full", dropped)):
+            for lost in deliveries:
+                if lost.number:
+                    self.journal.done(lost.number)
+                self.dropped(reason, session, lost.message, now)
 
     def taken(self, queue: MessageQueue) -> Delivery:
         """Take the oldest delivery out of a queue."""
@@ -258,7 +259,7 @@ class Sender:
         outbox = session.outbox
         if outbox is None:
             return
-        outbox.starved = bool(session.bursts) and not self.bursts.send_unacknowledged(session, outbox, now)
+        outbox.starved = bool(session.bursts) and not self.bursts.advance(session, outbox, now)
         while session.resending and len(session.inflight) - len(session.resending) < session.send_maximum:
             if outbox.room <= outbox.held_size:
                 outbox.starved = True
@@ -268,7 +269,7 @@ class Sender:
             return
         queue, bursts = session.queue, session.bursts
         while queue or bursts:
-            if bursts and not (queue and bursts[0].behind):
+            if bursts and not (queue and queue[0].turn <= bursts[0].behind):
                 if not self.bursts.send_acknowledged(session, outbox, now):
                     return
                 continue
@@ -277,10 +278,8 @@ class Sender:
             if outbox.room <= outbox.held_size:
                 outbox.starved = True
                 return
-            if bursts:
-                bursts[0].behind -= 1
             delivery = self.taken(queue)
-            if not self._revoked(session, delivery.message, now):
+            if not self.revoked(session, delivery.message, now):
                 self._send_acknowledged(session, outbox, delivery, {}, now)
             elif delivery.number:
                 self.journal.done(delivery.number)
@@ -301,7 +300,7 @@ class Sender:
             self.put_pubrel(outbox, packet_id, entry)
             return
         assert isinstance(entry, Delivery)
-        if self._revoked(session, entry.message, now):
+        if self.revoked(session, entry.message, now):
             self._withdraw(session, outbox, packet_id, entry)
             return
         # What was sent once keeps its id until it is acknowledged, also when it is expired by now: the client may
@@ -321,7 +320,7 @@ class Sender:
         else:
             self.metrics.messages_sent_qos2 += 1
 
-    def _revoked(self, session: Session, message: Message, now: float) -> bool:
+    def revoked(self, session: Session, message: Message, now: float) -> bool:
         """Whether the client may not have a message any more; then it is counted as dropped."""
         if self.may_receive is None or self.may_receive(session, message.topic_name):
             return False

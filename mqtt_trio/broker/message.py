@@ -34,11 +34,6 @@ class Message:
         return None if interval is None else self.published_at + interval
 
     @property
-    def least_size(self) -> int:
-        """Bytes that a PUBLISH of the message takes at least, in any version."""
-        return len(self.topic_name) + len(self.payload) + 4
-
-    @property
     def size(self) -> int:
         """Bytes that the message counts for in queues: topic, payload and an estimate of everything else."""
         return len(self.topic_name) + len(self.payload) + MESSAGE_OVERHEAD

@@ -30,6 +30,8 @@ class RetainedMessages:
         self.maximum = maximum
         self.size = 0
         """Bytes of all of them, as `Message.size` counts."""
+        self.visited = 0
+        """Nodes that searches have looked at since the start: what they cost."""
         self.expired: Callable[[str], None] = lambda topic_name: None
         """Told when a message is dropped because it expired."""
         self._messages: dict[str, Message] = {}
@@ -98,6 +100,7 @@ class RetainedMessages:
         if "+" in topic_filter or "#" in topic_filter:
             topic_names = self._search(topic_filter.split("/"))
         else:
+            self.visited += 1
             topic_names = [topic_filter] if topic_filter in self._messages else []
         messages = []
         for topic_name in topic_names:
@@ -147,7 +150,9 @@ class RetainedMessages:
         nodes = [self._root]
         for depth, level in enumerate(levels):
             if level == "#":
-                return _subtree(nodes, hide_system=depth == 0)
+                found = _subtree(nodes, hide_system=depth == 0)
+                self.visited += len(found)
+                return found
             following: list[_Node] = []
             for node in nodes:
                 if node.children is None:
@@ -157,6 +162,7 @@ class RetainedMessages:
                 elif (child := node.children.get(level)) is not None:
                     following.append(child)
             nodes = following
+            self.visited += 1 + len(nodes)
         return [node.topic_name for node in nodes if node.topic_name is not None]
 
 

@@ -10,14 +10,13 @@ import attrs
 
 from mqtt_trio.broker.message import Message
 from mqtt_trio.broker.outbox import ClientLink, Outbox
-from mqtt_trio.broker.queues import MessageQueue
+from mqtt_trio.broker.queues import BurstQueue, MessageQueue
 from mqtt_trio.broker.router import SubscriptionOptions
 from mqtt_trio.protocol.codes import ReasonCode
 from mqtt_trio.protocol.packets import Will
 
 if TYPE_CHECKING:
     from mqtt_trio.broker.audience import Audience
-    from mqtt_trio.broker.bursts import Burst
     from mqtt_trio.broker.shares import ShareGroup
 
 NEVER: Final = 0xFFFF_FFFF
@@ -36,6 +35,8 @@ class Delivery:
     """Whose message it is, when it came by a Shared Subscription."""
     number: int = 0
     """Of its row in the store, 0 without one."""
+    turn: int = 0
+    """Of a delivery that waits: how many had come to its queue with it."""
 
 
 FastDelivery: TypeAlias = tuple[bytes, bytes, int, int]
@@ -124,7 +125,7 @@ class Session:
         """Outbound, by Packet Identifier, in the order of sending [MQTT3-4.6.0-1]."""
         self.resending: OrderedDict[int, None] = OrderedDict()
         """Packet Identifiers of `inflight` that this connection has still to repeat, in order, before anything new."""
-        self.bursts: deque[Burst] = deque()
+        self.bursts = BurstQueue()
         """Retained messages for new subscriptions, still to be sent, before the queue."""
         self.queue = MessageQueue()
         self.received: set[int] = set()
@@ -152,7 +153,7 @@ class Session:
     def forget_messages(self) -> None:
         """The session is at its end: route caches may still name it, its messages must not stay with it."""
         self.queue.drop_all()
-        self.bursts.clear()
+        self.bursts = BurstQueue()
         self.inflight.clear()
         self.resending.clear()
         self.received.clear()

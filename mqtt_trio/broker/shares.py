@@ -1,9 +1,11 @@
 """Shared Subscriptions [MQTT5-4.8.2]: groups of sessions, each message to one of them.
 
 A group is one subscriber of the router, under the filter behind its share name. A message goes to the next member, in
-turn, that can take it at once: online, nothing of its own waiting, a free slot in its window, room in its outbox. When
-nobody can, a QoS 0 message is dropped, and others wait in the queue of the group, within the bounds of a session's
-queue, for the first member that can. So nothing waits behind a slow, frozen or absent member.
+turn, that can take it at once: online, nothing of its own waiting, a free slot in its window, room in its outbox, the
+right to the topic, a Maximum Packet Size that holds the message. When nobody can, a QoS 0 message is dropped, and
+others wait in the queue of the group, within the bounds of a session's queue, for the first member that can. So nothing
+waits behind a slow, frozen or absent member. Where members differ in rights or sizes, a member passes over the first
+PASSED_OVER messages that are not for it.
 
 What a member has been sent at QoS 1 and not acknowledged goes back to the front of the queue when its connection ends
 while another member is there, or when its session ends. At QoS 2 a delivery that has begun stays with its member:
@@ -13,25 +15,32 @@ completed when it returns [MQTT5-4.8.2-4], given up with its session [MQTT5-4.8.
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
-from mqtt_trio.broker.journal import RETAIN
+from mqtt_trio.broker.journal import RETAIN, frame_of
 from mqtt_trio.broker.message import Message
 from mqtt_trio.broker.queues import MessageQueue
 from mqtt_trio.broker.router import SubscriptionOptions
 from mqtt_trio.broker.session import Delivery, Session
 from mqtt_trio.protocol.topics import split_shared
+from mqtt_trio.protocol.wire import MAXIMUM_POSSIBLE_PACKET_SIZE
+
+PASSED_OVER: Final = 1000
+"""Messages of a group's queue that a member which may not have them, or for which they are too large, looks behind."""
+IDENTIFIER: Final = 8
+"""Bytes by which a copy may be larger than the message: a Subscription Identifier, longer lengths."""
 
 if TYPE_CHECKING:
     from mqtt_trio.broker.audience import Audience
     from mqtt_trio.broker.broker import Broker
     from mqtt_trio.broker.delivery import Encodings
+    from mqtt_trio.broker.outbox import Outbox
 
 
 class ShareGroup:
     """All sessions with the same `$share/NAME/FILTER`."""
 
-    __slots__ = ("audiences", "members", "name", "number", "queue", "topic_filter", "turns")
+    __slots__ = ("audiences", "members", "name", "number", "owing", "queue", "topic_filter", "turns")
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -39,11 +48,13 @@ class ShareGroup:
         self.topic_filter = split_shared(name)[1]
         self.members: dict[Session, SubscriptionOptions] = {}
         self.turns: deque[Session] = deque()
-        """The members, the one whose turn it is first."""
+        """The members that are connected, the one whose turn it is first."""
+        self.owing: dict[Session, None] = {}
+        """Members that are away and have not acknowledged messages of the group."""
         self.number = 0
         """In the store; 0: no member's session is kept."""
         self.queue = MessageQueue()
-        """What no member could take yet. While something waits, no member can take its head."""
+        """What no member could take yet."""
         self.audiences: set[Audience] = set()
         """Route cache entries that name this group."""
 
@@ -69,7 +80,8 @@ class Shares:
             group = self.groups[options.topic_filter] = ShareGroup(options.topic_filter)
             self.broker.router.subscribe(group.topic_filter, group, options)
         if session not in group.members:
-            group.turns.append(session)
+            if session.outbox is not None:
+                group.turns.append(session)
             session.shares[group.name] = group
             self.broker.metrics.shared_subscriptions += 1
         group.members[session] = options
@@ -81,11 +93,11 @@ class Shares:
         for packet_id, entry in session.inflight.items():
             if isinstance(entry, Delivery) and entry.group is group:
                 entry.group = None
-                if entry.number and session.number and entry.qos == 1:
-                    flags = entry.qos | RETAIN * entry.retain
-                    self.broker.journal.move(entry.number, session.number, packet_id, flags)
+                self._keep_alone(session, packet_id, entry)
         del group.members[session]
-        group.turns.remove(session)
+        group.owing.pop(session, None)
+        if session in group.turns:
+            group.turns.remove(session)
         metrics = self.broker.metrics
         metrics.shared_subscriptions -= 1
         if group.members:
@@ -108,15 +120,20 @@ class Shares:
     def arrived(self, session: Session, now: float) -> None:
         """A member is here: it may have what waits, and what members that are away have not acknowledged."""
         for group in session.shares.values():
-            for member in group.members:
-                if member.outbox is None:
-                    self._give_back(member, group)
+            if session not in group.turns:
+                group.turns.append(session)
+            group.owing.pop(session, None)
+            for member in list(group.owing):
+                self._give_back(member, group)
         self.broker.sender.pump(session, now)
 
     def left(self, session: Session, now: float) -> None:
         """The connection of a member ended: others that are here get what it has not acknowledged."""
         for group in session.shares.values():
-            if any(member.outbox is not None for member in group.members):
+            if session in group.turns:
+                group.turns.remove(session)
+            group.owing[session] = None
+            if group.turns:
                 self._give_back(session, group)
                 self._serve(group, now)
 
@@ -129,6 +146,7 @@ class Shares:
 
     def _give_back(self, session: Session, group: ShareGroup) -> None:
         """Put the unacknowledged QoS 1 messages of a member that is away back into the queue, in their order."""
+        group.owing.pop(session, None)
         inflight = session.inflight
         mine = [
             packet_id
@@ -162,8 +180,8 @@ class Shares:
 
     def deliver(self, group: ShareGroup, message: Message, encodings: Encodings, now: float) -> None:
         """Send a message to the member whose turn it is, or have it wait."""
-        if message.qos and group.queue:
-            self._wait(group, message, now)
+        if message.qos and group.queue and not self._differ(group):
+            self._wait(group, message, now)  # who could take it would have taken what waits
             return
         for _ in range(len(group.turns)):
             session = group.turns[0]
@@ -177,11 +195,24 @@ class Shares:
         outbox = session.outbox
         if outbox is None or not self._may_have(session, message):
             return False
-        if message.least_size > outbox.maximum_packet_size:
+        if not self._fits(message, outbox):
             return False
         if min(message.qos, options.qos) == 0:
             return outbox.room >= message.size
         return session.can_take_now
+
+    def _differ(self, group: ShareGroup) -> bool:
+        """Whether a message may be for some members only."""
+        return self.broker.sender.may_receive is not None or any(
+            session.outbox is not None and session.outbox.maximum_packet_size < MAXIMUM_POSSIBLE_PACKET_SIZE
+            for session in group.turns
+        )
+
+    @staticmethod
+    def _fits(message: Message, outbox: Outbox) -> bool:
+        """Whether the client accepts a packet of that size, whatever else its copy holds."""
+        maximum = outbox.maximum_packet_size
+        return maximum >= MAXIMUM_POSSIBLE_PACKET_SIZE or len(frame_of(message)) + IDENTIFIER <= maximum
 
     def _may_have(self, session: Session, message: Message) -> bool:
         may_receive = self.broker.sender.may_receive
@@ -212,7 +243,7 @@ class Shares:
             sender.dropped(reason, None, message, now)
         elif message.qos and any(options.qos for options in group.members.values()):
             self._wait(group, message, now)
-        elif any(session.outbox is not None for session in group.members):
+        elif group.turns:
             sender.dropped("outbox_full", None, message, now)
         # At QoS 0 nobody is owed a message while all are away.
 
@@ -221,7 +252,7 @@ class Shares:
         reason = "not_authorized"
         for session in group.members:
             if self._may_have(session, message):
-                if session.outbox is None or message.least_size <= session.outbox.maximum_packet_size:
+                if session.outbox is None or self._fits(message, session.outbox):
                     return None
                 reason = "too_large"
         return reason
@@ -229,24 +260,40 @@ class Shares:
     def _wait(self, group: ShareGroup, message: Message, now: float) -> None:
         sender = self.broker.sender
         sender.enqueue(Delivery(message, message.qos, group=group), group, now)
-        for session in group.members:
+        for session in group.turns:
             outbox = session.outbox
             if outbox is not None and outbox.room <= outbox.held_size:
                 outbox.starved = True
 
     def pull(self, session: Session, now: float) -> None:
         """A member may be able to take more: let it have what waits in its groups."""
-        sender = self.broker.sender
         for group in session.shares.values():
-            queue = group.queue
-            while queue and (outbox := session.outbox) is not None:
-                message = queue[0].message
+            queue, at = group.queue, 0
+            while at < min(len(queue), PASSED_OVER) and (outbox := session.outbox) is not None:
+                message = queue[at].message
                 if self._can_take(session, group.members[session], message):
-                    self._send(group, session, message, {}, now, sender.taken(queue).number)
+                    self._send(group, session, message, {}, now, self._taken(queue, at).number)
                 elif (reason := self._never(group, message)) is not None:
-                    if number := sender.taken(queue).number:
+                    if number := self._taken(queue, at).number:
                         self.broker.journal.done(number)
-                    sender.dropped(reason, None, message, now)
-                else:
+                    self.broker.sender.dropped(reason, None, message, now)
+                elif not session.can_take_now:
                     outbox.starved = outbox.starved or outbox.room <= outbox.held_size
                     break
+                else:
+                    at += 1
+
+    def _taken(self, queue: MessageQueue, at: int) -> Delivery:
+        self.broker.metrics.messages_queued -= 1
+        return queue.take_at(at)
+
+    def _keep_alone(self, session: Session, packet_id: int, entry: Delivery) -> None:
+        """What a member was sent at QoS 1 is its own from now on, no more its group's."""
+        if not entry.number or entry.qos != 1:
+            return
+        journal = self.broker.journal
+        if session.number:
+            journal.move(entry.number, session.number, packet_id, entry.qos | RETAIN * entry.retain)
+        else:
+            journal.done(entry.number)
+            entry.number = 0

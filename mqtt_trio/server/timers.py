@@ -1,4 +1,4 @@
-"""Tasks of the clock: Wills and session expiry when they are due, `$SYS` topics every few seconds."""
+"""Tasks of the clock: deferred work, Wills and session expiry when they are due, `$SYS` topics every few seconds."""
 
 from __future__ import annotations
 

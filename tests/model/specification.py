@@ -70,6 +70,8 @@ class Owed:
     released: bool = False
     live: bool = False
     """It was sent, or repeated, on the present Network Connection."""
+    for_filter: str = ""
+    """A retained message: the Topic Filter of the subscription that it is for."""
 
 
 @attrs.define(eq=False)
@@ -297,18 +299,30 @@ class Model:
     def _subscribe(self, connection: Connection, session: Session, packet: p.Subscribe) -> None:
         connection.replies.append(p.SubAck(packet.packet_id, tuple(ReasonCode(s.qos) for s in packet.subscriptions)))
         identifier = packet.subscription_identifier
+        wanted = []
         for subscription in packet.subscriptions:
             is_new = subscription.topic_filter not in session.subscriptions
             session.subscriptions[subscription.topic_filter] = (subscription, identifier)
-            if subscription.retain_handling == 2 or (subscription.retain_handling == 1 and not is_new):
-                continue
+            if subscription.retain_handling == 0 or (subscription.retain_handling == 1 and is_new):
+                wanted.append(subscription)
+                self._take_back(session, subscription.topic_filter)
+        for subscription in wanted:
             for message in self.retained.values():  # whoever published them: No Local is about forwarding
                 if message.expires_at > self.now and matches(subscription.topic_filter, message.topic_name):
                     identifiers = () if identifier is None else (identifier,)
-                    self._owe(session, Owed(message, min(message.qos, subscription.qos), True, identifiers))
+                    qos, topic_filter = min(message.qos, subscription.qos), subscription.topic_filter
+                    self._owe(session, Owed(message, qos, True, identifiers, for_filter=topic_filter))
+
+    @staticmethod
+    def _take_back(session: Session, topic_filter: str) -> None:
+        """Retained messages for a subscription that is gone, or made again, are owed no more unless they have left
+        (3.10.4-2, 3.10.4-3)."""
+        session.owed = [o for o in session.owed if o.packet_id is not None or o.for_filter != topic_filter]
 
     @staticmethod
     def _unsubscribe(connection: Connection, session: Session, packet: p.Unsubscribe) -> None:
+        for topic_filter in packet.topic_filters:
+            Model._take_back(session, topic_filter)
         codes = [
             ReasonCode.NO_SUBSCRIPTION_EXISTED
             if session.subscriptions.pop(topic_filter, None) is None

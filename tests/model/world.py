@@ -90,12 +90,17 @@ class World:
         while wire.again:
             wire.again = False
             wire.resume(wire)
-        self.broker.flush()
+        self._flush()
 
     def lose(self, wire: Wire) -> None:
         """Break a network connection."""
         wire.end(None, "the network connection broke")
+        self._flush()
+
+    def _flush(self) -> None:
         self.broker.flush()
+        while self.broker.run_deferred(trio.current_time()):
+            self.broker.flush()
 
     def next_deadline(self) -> float:
         """When the broker has something to do, in seconds since the world began."""
@@ -106,4 +111,4 @@ class World:
         """Let time pass, not beyond the next deadline."""
         self.clock.jump(self.began_at + now - trio.current_time())
         self.broker.run_deadlines(trio.current_time())
-        self.broker.flush()
+        self._flush()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import trio.testing
 
+from mqtt_trio.broker.access import AllowEverything, Principal
 from mqtt_trio.broker.limits import Limits
 from mqtt_trio.broker.message import Message
 from mqtt_trio.protocol.codes import QoS, ReasonCode
 from mqtt_trio.protocol.packets import Publish, SubAck, Subscribe, Subscription
-from mqtt_trio.testing import MemoryBroker, TestClient, open_memory_broker
+from mqtt_trio.testing import MemoryBroker, PipeOptions, TestClient, open_memory_broker
 
 COUNT = 3000
 SMALL = Limits(maximum_packet_size=64_000, outbox_bytes=65_536, queue_messages=10, inflight_messages=20)
@@ -127,3 +129,84 @@ async def test_many_subscriptions_hold_one_list(monkeypatch: pytest.MonkeyPatch)
         assert len(await take(client, 20 + 20 + 19)) == 59
         assert await client.nothing_waits()
         assert not bursts
+
+
+class Revocable(AllowEverything):
+    """Everybody may receive everything until `closed`."""
+
+    closed = False
+
+    def may_receive(self, principal: Principal, topic_name: str) -> bool:
+        return not self.closed
+
+
+@pytest.mark.parametrize("qos", [0, 1])
+async def test_rights_are_asked_again_for_each_message(qos: int) -> None:
+    rules = Revocable()
+    async with open_memory_broker(SMALL, authorizer=rules) as memory:
+        retain(memory, 50, size=50_000)
+        client = await memory.connect("c", receive_maximum=2, pipe=PipeOptions(capacity=1000))
+        client.pipe.to_client.freeze()
+        await client.send(Subscribe(1, (Subscription("r/#", QoS(qos)),)))
+        await trio.testing.wait_all_tasks_blocked()
+        rules.closed = True
+        memory.broker.rights_changed()
+        client.pipe.to_client.thaw()
+        assert len(await client.waiting_messages()) <= 6  # those that had left
+        assert memory.broker.metrics.dropped_not_authorized >= 44
+        assert not memory.broker.connections.sessions["c"].bursts
+
+
+@pytest.mark.spec("MQTT5-3.10.4-2", "MQTT5-3.10.4-3")
+@pytest.mark.parametrize("qos", [0, 1])
+async def test_unsubscribe_ends_a_burst(qos: int) -> None:
+    async with open_memory_broker(SMALL) as memory:
+        retain(memory, 100, size=10_000)
+        client = await memory.connect("c", receive_maximum=1, pipe=PipeOptions(capacity=1000))
+        await client.send(Subscribe(1, (Subscription("r/#", QoS(qos)),)))
+        await client.expect(SubAck)
+        await client.unsubscribe("r/#")
+        rest = await client.next_messages(len([p for p in client.waiting if isinstance(p, Publish)]))
+        assert len(rest) <= 10
+        assert await client.nothing_waits()
+
+
+async def test_subscribing_again_begins_again() -> None:
+    async with open_memory_broker(SMALL) as memory:
+        names = retain(memory, 30)
+        client = await memory.connect("c", receive_maximum=1)
+        await client.subscribe("r/#", qos=1)
+        await client.subscribe("r/#", qos=1)
+        messages = await take(client, 31)  # one had left
+        assert sorted({message.topic_name for message in messages}) == sorted(names)
+        assert await client.nothing_waits()
+
+
+async def test_a_retained_value_comes_before_what_was_published_after_it() -> None:
+    """Also when the queue that it waits behind is pushed out meanwhile."""
+    async with open_memory_broker(Limits(queue_messages=2, queue_overflow="drop-oldest")) as memory:
+        sender = await memory.connect("sender")
+        client = await memory.connect("c", receive_maximum=1)
+        await client.subscribe("live/#", qos=1)
+        for number in range(3):
+            await sender.publish(f"live/{number}", b"%d" % number, qos=1)
+        await sender.publish("r/a", b"kept", qos=1, retain=True)
+        await client.subscribe("r/#", qos=1)
+        for number in range(3, 6):
+            await sender.publish("r/a", b"%d" % number, qos=1)
+        assert [message.payload for message in await take(client, 4)] == [b"0", b"kept", b"4", b"5"]
+
+
+async def test_one_subscriber_gives_others_their_turn(autojump_clock: trio.testing.MockClock) -> None:
+    """Many subscriptions that search a large store are looked at in steps."""
+    async with open_memory_broker() as memory:
+        for number in range(30_000):
+            memory.broker.inbound.retain(Message(f"dev{number}/state/v", b"x", 0, True))
+        client, other = await memory.connect("c"), await memory.connect("other")
+        visited = memory.broker.retained.visited
+        await client.send(Subscribe(1, tuple(Subscription(f"+/state/n{n}", QoS(1)) for n in range(20))))
+        await client.expect(SubAck)
+        await other.ping()
+        assert memory.broker.retained.visited - visited < 700_000  # of 20 times 60,000: some steps of a ping each
+        await trio.testing.wait_all_tasks_blocked()
+        assert not memory.broker.connections.sessions["c"].bursts

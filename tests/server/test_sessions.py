@@ -492,3 +492,23 @@ async def test_clean_start_drops_the_old_session(memory_broker: MemoryBroker, ve
     assert await device.nothing_waits()
     metrics = memory_broker.broker.metrics
     assert (metrics.sessions, metrics.subscriptions, metrics.dropped_session_ended) == (2, 0, 1)
+
+
+@pytest.mark.spec("MQTT5-3.3.2-5")
+@pytest.mark.parametrize("overflow", ["drop-new", "drop-oldest"])
+async def test_expired_messages_make_room_in_a_queue(autojump_clock: trio.testing.MockClock, overflow: str) -> None:
+    async with open_memory_broker(Limits(queue_messages=3, queue_overflow=overflow)) as memory:
+        client = await memory.connect("c", session_expiry_interval=1000)
+        await client.subscribe("t", qos=1)
+        await client.cut()
+        sender = await memory.connect("sender")
+        for number in range(3):
+            await sender.publish("t", b"old%d" % number, qos=1, message_expiry_interval=1 + 500 * (number == 2))
+        await trio.sleep(100)
+        for number in range(3):
+            await sender.publish("t", b"%d" % number, qos=1)
+        metrics = memory.broker.metrics
+        assert (metrics.dropped_expired, metrics.dropped_queue_full, metrics.messages_queued) == (2, 1, 3)
+        client = await memory.reconnect(client)
+        expected = {"drop-new": [b"old2", b"0", b"1"], "drop-oldest": [b"0", b"1", b"2"]}[overflow]
+        assert [message.payload for message in await client.next_messages(3)] == expected

@@ -10,6 +10,7 @@ import trio.testing
 
 from mqtt_trio.broker.access import AllowEverything, Principal
 from mqtt_trio.broker.limits import Limits
+from mqtt_trio.broker.store import MemoryStore
 from mqtt_trio.protocol.codes import ProtocolVersion, QoS, ReasonCode
 from mqtt_trio.protocol.packets import (
     Disconnect,
@@ -363,3 +364,72 @@ async def test_many_members_share_evenly(memory_broker: MemoryBroker) -> None:
     await publish(sender, 1, 500, 1)
     shares = Counter([len(await waiting(member)) for member in group])
     assert shares == {10: 50}
+
+
+async def unequal_members(memory: MemoryBroker, how: str) -> TestClient:
+    """A member that takes small messages only, beside one that would take all and is `away`, or has a full window."""
+    small = await memory.connect("small", maximum_packet_size=200)
+    large = await memory.connect("large", session_expiry_interval=10_000, receive_maximum=1)
+    for member in (small, large):
+        await member.subscribe(SHARE, qos=1)
+    sender = await memory.connect("sender")
+    if how == "away":
+        await large.cut()
+    else:
+        await sender.publish("t/x", bytes(500), qos=1)
+    return small
+
+
+@pytest.mark.parametrize("how", ["away", "full"])
+async def test_what_waits_for_one_member_holds_back_nobody_else(memory_broker: MemoryBroker, how: str) -> None:
+    small = await unequal_members(memory_broker, how)
+    sender = await memory_broker.connect("sender")
+    await sender.publish("t/x", bytes(500), qos=1)
+    await publish(sender, 1, 5, 1)
+    assert await payloads(small) == [b"1", b"2", b"3", b"4", b"5"]
+    assert memory_broker.broker.metrics.messages_queued == 1
+
+
+async def test_a_member_that_returns_takes_what_is_for_it(memory_broker: MemoryBroker) -> None:
+    small = await unequal_members(memory_broker, "away")
+    sender = await memory_broker.connect("sender")
+    await small.cut()
+    for payload in (bytes(500), b"1", bytes(501), b"2"):
+        await sender.publish("t/x", payload, qos=1)
+    small = await memory_broker.connect("small", maximum_packet_size=200)
+    await small.subscribe(SHARE, qos=1)
+    assert await payloads(small) == [b"1", b"2"]
+    large = await memory_broker.connect("large", clean_start=False)
+    assert await payloads(large) == [bytes(500), bytes(501)]
+
+
+async def test_the_size_is_that_of_the_whole_packet(memory_broker: MemoryBroker) -> None:
+    small = await memory_broker.connect("small", maximum_packet_size=200)
+    large = await memory_broker.connect("large")
+    for member in (small, large):
+        await member.subscribe(SHARE)
+    sender = await memory_broker.connect("sender")
+    for _ in range(4):
+        await sender.publish("t/x", b"x", user_properties=(("key", "v" * 250),))
+    assert len(await waiting(large)) == 4
+    assert memory_broker.broker.metrics.dropped_too_large == 0
+
+
+async def test_a_delivery_outside_its_group_leaves_nothing_in_the_store() -> None:
+    store = MemoryStore()
+    async with open_memory_broker(store=store) as memory:
+        kept = await memory.connect("kept", session_expiry_interval=100)
+        passing = await memory.connect("passing")
+        for member in (kept, passing):
+            await member.subscribe(SHARE, qos=1)
+        sender = await memory.connect("sender")
+        await publish(sender, 1, 2, 1)
+        await passing.unsubscribe(SHARE)
+        (message,) = await waiting(passing)
+        await passing.send(PubAck(message.packet_id or 0))
+        await passing.nothing_waits()
+        (message,) = await waiting(kept)
+        await kept.send(PubAck(message.packet_id or 0))
+        await kept.nothing_waits()
+        await trio.testing.wait_all_tasks_blocked()
+        assert not store.state.deliveries
