@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
+from mqtt_trio.broker.journal import AGAIN, TURN, Kept
 from mqtt_trio.broker.message import Message
 from mqtt_trio.broker.outbox import ClientLink, Outbox
 from mqtt_trio.broker.reasons import NO_SUCH_IDENTIFIER, why_not_published
@@ -127,14 +128,14 @@ class Inbound:
         qos: int,
         packet_id: int,
         answers: Sequence[Hold | Refused],
-        kept: tuple[int, int] | None = None,
+        kept: Kept | None = None,
     ) -> None:
         """Send PUBACK or PUBREC, or queue it behind what it has to wait for. `kept`: the store must have these
         deliveries first."""
         link = session.link
         if link is None:
             return  # the delivery ended its own publisher
-        if qos == 2 and kept is not None and session.number and packet_id in session.received:
+        if qos == 2 and kept is not None and kept != AGAIN and session.number and packet_id in session.received:
             self.broker.keeper.received(session, packet_id, True)
         holds = [answer for answer in answers if isinstance(answer, Hold)]
         packet = PubAck(packet_id) if qos == 1 else PubRec(packet_id)
@@ -150,9 +151,9 @@ class Inbound:
         for hold in holds:
             hold.when_released(partial(self._released, session, link, ack, hold))
 
-    def hold(self, outbox: Outbox, qos: int, packet_id: int, kept: tuple[int, int] | None) -> None:
+    def hold(self, outbox: Outbox, qos: int, packet_id: int, kept: Kept | None) -> None:
         """Have an answer wait for the store, or for answers that do."""
-        first, last = kept or (0, 0)
+        first, last = kept or TURN
         self.broker.journal.hold(outbox).acks.append((qos, packet_id, first, last))
         outbox.held_acks += qos == 1
 
@@ -235,7 +236,7 @@ class Inbound:
         """A QoS 2 message came again: the same answer, no second delivery [MQTT5-4.3.3-10]."""
         if any(ack.qos == 2 and ack.packet_id == packet.packet_id for ack in session.acks):
             return  # its first PUBREC is still on the way
-        kept = (0, 0) if packet.packet_id in session.received_kept else None  # the store may not have it yet
+        kept = AGAIN if packet.packet_id in session.received_kept else None  # the store may not have it yet
         self.acknowledge(session, 2, packet.packet_id or 0, (), kept)
 
     def pubrel(self, link: ClientLink, session: Session, packet: Packet, now: float) -> bool:

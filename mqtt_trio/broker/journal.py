@@ -26,7 +26,7 @@ from mqtt_trio.protocol.wire import PACKET_IDS
 
 if TYPE_CHECKING:
     from mqtt_trio.broker.outbox import Outbox
-    from mqtt_trio.broker.session import Delivery
+    from mqtt_trio.broker.session import Delivery, Session
 
 V5: Final = ProtocolVersion.MQTT_5_0
 ROW_SIZE: Final = 200
@@ -42,10 +42,15 @@ _ANSWERS: Final = {1: b"\x40\x02", 2: b"\x50\x02"}
 """PUBACK and PUBREC up to their Packet Identifiers, by the QoS of what they answer."""
 
 
+Kept: TypeAlias = tuple[Number, Number]
+"""Which deliveries a publish led to: those behind the first number, up to the second one. Or TURN, or AGAIN."""
+TURN: Final = (1, 0)
+"""Of a publish that needs no store: its answer waits for those in front of it."""
+AGAIN: Final = (2, 0)
+"""Of a QoS 2 publish that came again: what it led to is that of its first one."""
 Answer: TypeAlias = tuple[int, int, Number, Number] | bytes
-"""Answer to a publish: its QoS, its Packet Identifier, and which deliveries it led to: those behind the first number,
-up to the second one, which are withdrawn when the answer becomes negative. Or a frame that was negative from the start.
-"""
+"""Answer to a publish: its QoS, its Packet Identifier, and its `Kept`: these deliveries are withdrawn when the answer
+becomes negative. Or a frame that was negative from the start."""
 
 
 @attrs.define(eq=False)
@@ -54,6 +59,8 @@ class Held:
 
     number: int
     """Of the batch."""
+    session: Session | None
+    """Whose connection it is, or was: what becomes of its publishes concerns the session also when that is gone."""
     acks: list[Answer] = attrs.Factory(list)
     """Answers to publishes, in order. When the batch fails, they become negative."""
     publishes: dict[int, bytes] = attrs.Factory(dict)
@@ -68,6 +75,11 @@ class Held:
         """Return all of it, ready to be sent."""
         acks = [a if type(a) is bytes else _ANSWERS[a[0]] + PACKET_IDS[a[1]] for a in self.acks]
         return b"".join((*acks, *self.publishes.values(), *self.frames, *self.replies))
+
+
+def positive(qos: int, packet_id: int) -> bytes:
+    """Write the PUBACK or PUBREC of success."""
+    return _ANSWERS[qos] + PACKET_IDS[packet_id]
 
 
 class Journal:
@@ -212,7 +224,7 @@ class Journal:
         held = outbox.held
         if held and held[-1].number == self.number:
             return held[-1]
-        new = Held(self.number)
+        new = Held(self.number, outbox.session)
         held.append(new)
         if not self._waiting or self._waiting[-1][0] != self.number:
             self._waiting.append((self.number, []))

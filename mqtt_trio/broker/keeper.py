@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mqtt_trio.broker.events import OutageBegan, OutageEnded
-from mqtt_trio.broker.journal import RELEASED, Held, frame_of
+from mqtt_trio.broker.journal import AGAIN, RELEASED, TURN, Held, frame_of, positive
 from mqtt_trio.broker.message import Message
 from mqtt_trio.broker.queues import MessageQueue
 from mqtt_trio.broker.router import SubscriptionOptions
@@ -184,38 +184,62 @@ class Keeper:
             broker.emit(OutageBegan(at=now + broker.wall_offset, system="store", reason=reason))
         broker.metrics.store_failures += 1
         for outbox in self.journal.failed(batch, reason):
+            self._answer_all(outbox)
+            if outbox.session is not None and outbox.session.link is not None:
+                broker.unstall(outbox.session.link)
             for held in outbox.held:
-                answers, held.acks = held.acks, []
-                for answer in answers:
-                    self._refuse(outbox, answer)
                 replies, held.replies = held.replies, []
                 if replies and outbox.session is not None:
                     outbox.put(b"".join(replies))
                     broker.metrics.packets_sent += len(replies)
 
-    def _refuse(self, outbox: Outbox, answer: tuple[int, int, Number, Number] | bytes) -> None:
-        """Make an answer that waited a negative one, and take back what has not left."""
-        if type(answer) is bytes:
-            if outbox.session is not None:
-                outbox.put(answer)
-            return
-        assert not isinstance(answer, bytes)
+    def _answer_all(self, outbox: Outbox) -> None:
+        """Give the answers that waited for what could not be kept, in order."""
+        for held in outbox.held:
+            for at, answer in enumerate(held.acks):
+                if isinstance(answer, bytes):
+                    self._put_answer(outbox, answer)
+                elif self._must_wait(held, answer):
+                    del held.acks[:at]
+                    return
+                else:
+                    self._answer(outbox, held, answer)
+            held.acks.clear()
+
+    def _must_wait(self, held: Held, answer: tuple[int, int, Number, Number]) -> bool:
+        """Whether an answer can be neither positive nor negative yet: that of a QoS 2 message that came again, whose
+        first one had not been answered before its connection ended, and which the store does not have yet."""
+        session, packet_id = held.session, answer[1]
+        if answer[2:] != AGAIN or session is None or packet_id not in session.received:
+            return False
+        return self.journal.batch.received.get((session.number, packet_id)) is True
+
+    def _answer(self, outbox: Outbox, held: Held, answer: tuple[int, int, Number, Number]) -> None:
+        """Say yes to what the store has or need not have; no to the rest, which is taken back as far as it has not
+        left, also when the connection is gone: its client sends it again."""
         qos, packet_id, first, last = answer
-        for number in range(first + 1, last + 1):
-            self._withdraw(number)
+        session = held.session
         if qos == 1:
             outbox.held_acks -= 1
-        session = outbox.session
-        if session is None or session.link is None:
+        again = answer[2:] == AGAIN and session is not None and packet_id in session.received
+        if again or answer[2:] == TURN:
+            self._put_answer(outbox, positive(qos, packet_id))
             return
-        self.broker.metrics.refused_by_store += 1
-        if qos == 2:
+        for number in range(first + 1, last + 1):
+            self._withdraw(number)
+        if qos == 2 and session is not None:
             session.received.discard(packet_id)
             if packet_id in session.received_kept:
                 self.received(session, packet_id, False)
-        self.refuse(session, qos, packet_id)
-        if session.link is not None:
-            self.broker.unstall(session.link)
+        session = outbox.session
+        if session is not None and session.link is not None:
+            self.broker.metrics.refused_by_store += 1
+            self.refuse(session, qos, packet_id)
+
+    def _put_answer(self, outbox: Outbox, frame: bytes) -> None:
+        if outbox.session is not None:
+            outbox.put(frame)
+            self.broker.metrics.packets_sent += 1
 
     def refuse(self, session: Session, qos: int, packet_id: int) -> None:
         """Tell a publisher that its message is not kept [MQTT5-4.13.2]; a 3.x client, whose version has no such answer,

@@ -82,7 +82,7 @@ class PendingAck:
     """What goes instead when a hold was released with a reason."""
     refused: ReasonCode | None = None
     kept: tuple[int, int] | None = None
-    """Which deliveries of the message the store must have first (`journal.Answer`); None: it needs no store."""
+    """Which deliveries of the message the store must have first (`journal.Kept`); None: it needs no store."""
 
 
 class Session:
