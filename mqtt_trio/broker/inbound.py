@@ -242,13 +242,18 @@ class Inbound:
     def pubrel(self, link: ClientLink, session: Session, packet: Packet, now: float) -> bool:
         """The publisher lets go of a QoS 2 Packet Identifier [MQTT5-4.3.3-11]."""
         assert isinstance(packet, PubRel)
+        waits = packet.packet_id in session.received_kept
         if packet.packet_id in session.received:
             session.received.remove(packet.packet_id)
             answer = PubComp(packet.packet_id)
         else:
             answer = PubComp(packet.packet_id, ReasonCode.PACKET_IDENTIFIER_NOT_FOUND, NO_SUCH_IDENTIFIER)
+            # Another connection may have freed it, and the store may not know yet: after a crash the identifier would
+            # be in use again, and the next message under it be taken for a repetition.
+            waits = session.number != 0
         if packet.packet_id in session.received_kept:
             self.broker.keeper.received(session, packet.packet_id, False)
+        if waits:
             self.broker.journal.hold(link.outbox).frames.append(link.connection.encode(answer))
         else:
             self.broker.reply(link, answer)

@@ -11,6 +11,8 @@ from tests.lane_worlds import NoLane, RecordingLink, Setup, World
 from tests.wire import V5, V311, publish, subscribe
 
 PUBREC = b"\x50\x02\x00"
+PUBREL = b"\x62\x02\x00"
+PUBCOMP = b"\x70\x02\x00"
 LANES = [FastLane, NoLane]
 
 
@@ -109,3 +111,18 @@ async def test_what_needs_no_store_is_confirmed_in_its_turn(lane: type[FastLane]
     assert link.sent == b""
     fail(world)
     assert link.sent == b"\x40\x03\x00\x01\x97" + b"\x40\x02\x00\x02"
+
+
+@pytest.mark.spec("MQTT5-4.3.3-11")
+async def test_a_second_pubrel_is_answered_when_the_store_has_freed_its_identifier() -> None:
+    world = make_world()
+    link = connect(world, "p")
+    world.feed(link, message(V311, 1))
+    commit(world)
+    world.feed(link, PUBREL + b"\1")
+    world.do("cut", "p", None)
+    link = connect(world, "p")
+    world.feed(link, PUBREL + b"\1")
+    assert link.sent == b""
+    commit(world)
+    assert link.sent == PUBCOMP + b"\1"
