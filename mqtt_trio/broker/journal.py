@@ -105,6 +105,9 @@ class Journal:
         """No owner, no delivery up to these was not there before; a store that was loaded says where to go on."""
         self.failing: str | None = None
         """Why the store takes nothing, while it does not: publishes that need it are refused."""
+        self._doubtful = 0
+        """Rows up to this number in the batch come from one that failed. A disk that reports an error may have kept it
+        all the same, so what is at its end is removed there, too."""
         self.changed: Callable[[], None] = lambda: None
         """Called behind a hot stretch that changed something; wakes whoever owns the store."""
         self._waiting: deque[tuple[int, list[Outbox]]] = deque()
@@ -194,7 +197,7 @@ class Journal:
         """A delivery is at its end."""
         self.dirty = True
         batch = self.batch
-        if batch.deliveries.pop(number, None) is None:
+        if batch.deliveries.pop(number, None) is None or number <= self._doubtful:
             batch.done.append(number)
             if batch.moves:
                 batch.moves.pop(number, None)
@@ -202,7 +205,7 @@ class Journal:
             self._references[key] -= 1
             if not self._references[key]:
                 del self._references[key]
-                if batch.contents.pop(key, None) is None:
+                if batch.contents.pop(key, None) is None or key <= self._doubtful:
                     batch.contents_done.append(key)
 
     def restore_content(self, number: Number, key: int) -> None:
@@ -262,6 +265,7 @@ class Journal:
         have frames waiting for it."""
         self.failing = reason
         self.dirty = True
+        self._doubtful = max(self._doubtful, 0, *batch.deliveries, *batch.contents)
         merge(batch, self.batch)
         self.batch = batch
         self.size = sum(ROW_SIZE + len(row[8] or b"") for row in batch.deliveries.values())
@@ -284,7 +288,8 @@ def frame_of(message: Message) -> bytes:
 
 
 def merge(batch: Batch, later: Batch) -> None:
-    """Add to `batch`, which was not committed, what came after it."""
+    """Add to `batch`, whose commit failed, what came after it. The store may have the batch all the same, so what was
+    removed later is removed there as well."""
     for owner, row in later.sessions.items():
         if row is None:
             _forget_session(batch, owner)
@@ -302,12 +307,12 @@ def merge(batch: Batch, later: Batch) -> None:
             batch.deliveries[number] = (number, owner, packet_id, flags, *delivery[4:])
     for number in later.done:
         batch.moves.pop(number, None)
-        if batch.deliveries.pop(number, None) is None:
-            batch.done.append(number)
+        batch.deliveries.pop(number, None)
+        batch.done.append(number)
     batch.deliveries.update(later.deliveries)
     for key in later.contents_done:
-        if batch.contents.pop(key, None) is None:
-            batch.contents_done.append(key)
+        batch.contents.pop(key, None)
+        batch.contents_done.append(key)
 
 
 def _forget_session(batch: Batch, owner: Owner) -> None:

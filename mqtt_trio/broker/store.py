@@ -109,7 +109,8 @@ class Store(Protocol):
         """Make `batch` durable, all of it or nothing. It may be called again with the same or a larger batch.
 
         Raises:
-          StoreError: nothing of it was kept; the text says why (no space, a read-only file, ...).
+          StoreError: it is not certain to be kept; the text says why (no space, a read-only file, ...). Nothing of it
+            is there, or, where a disk reports an error behind its last write, all of it.
         """
 
     def close(self) -> None:

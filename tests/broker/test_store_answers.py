@@ -126,3 +126,18 @@ async def test_a_second_pubrel_is_answered_when_the_store_has_freed_its_identifi
     assert link.sent == b""
     commit(world)
     assert link.sent == PUBCOMP + b"\1"
+
+
+@pytest.mark.parametrize("size", [1, 500])
+async def test_what_was_taken_back_is_not_in_a_store_that_kept_the_failed_batch(size: int) -> None:
+    world = make_world()
+    world.feed(connect(world, "other"), subscribe(V311, 1, ("t", 1)))
+    commit(world)
+    world.feed(connect(world, "p", V5), publish(V5, "t", b"x" * size, flags=2, packet_id=1))
+    world.feed(world.clients["other"], b"\x40\x02\x00\x01")
+    batch = world.broker.keeper.take()
+    world.store.commit(batch)
+    world.broker.keeper.failed(batch, "an error behind the last write", world.now)
+    commit(world)
+    state = world.store.load()
+    assert (state.deliveries, state.contents) == ([], {})
