@@ -30,6 +30,8 @@ from tests.simulation.receiver import Receiver
 from tests.simulation.subscriber import Subscriber
 from tests.wire import DISCONNECT, PINGREQ, V5, V311, publish
 
+REFUSED: Final = 0x97
+SHUTTING_DOWN: Final = 0x8B
 TAKEN_OVER: Final = 0x8E
 KEEP_ALIVE_TIMEOUT: Final = 0x8D
 
@@ -41,6 +43,8 @@ class Outgoing:
     message: Message
     released: bool = False
     """PUBREC came: PUBREL is owed."""
+    sent_at: float = 0.0
+    """When it was sent last."""
 
 
 @attrs.define
@@ -50,6 +54,8 @@ class Talk:
     connection: Connection
     receive_maximum: int | None
     """What we announced."""
+    clean: bool = False
+    """Clean Start."""
     accepted: bool = False
     """CONNACK came."""
     unread: bytes = b""
@@ -72,6 +78,10 @@ class Client:
         self.talks = 0
         self.has_session = False
         """A CONNACK came once, so the server has our session."""
+        self.kills = 0
+        """How often the broker had been killed when the last CONNACK came."""
+        self.starts_clean = False
+        """The session is to end with the next CONNACK."""
         self.was_left_early = False
         """A connection was left before its CONNACK: its CONNECT may come late, and take over from a later one."""
         self.to_send: deque[Message] = deque()
@@ -126,11 +136,23 @@ class Client:
         habits = self.habits
         connection = self.world.open(self)
         receive_maximum = self.rng.choice(habits.receive_maxima) if habits.v5 else None
-        self.talk = talk = Talk(connection, receive_maximum)
+        if habits.starts_clean and not self.starts_clean:
+            self.starts_clean = self.rng.random() < habits.starts_clean
+        self.talk = talk = Talk(connection, receive_maximum, self.starts_clean)
         self.talks += 1
+        if talk.clean:
+            self.subscriber.ends()
         self.note("CONNECT" if receive_maximum is None else f"CONNECT, Receive Maximum {receive_maximum}")
         connection.send(
-            write_connect(habits.v5, self.name, habits.keep_alive, receive_maximum, habits.topic_alias_maximum)
+            write_connect(
+                habits.v5,
+                self.name,
+                habits.keep_alive,
+                receive_maximum,
+                habits.topic_alias_maximum,
+                clean=talk.clean,
+                lasts=habits.lasts,
+            )
         )
         if habits.mean_life != float("inf") and self.world.now < CALM_AT:
             self.later(self.rng.expovariate(1 / habits.mean_life), self._end, talk)
@@ -141,6 +163,8 @@ class Client:
             return
         connection = talk.connection
         kind = self.rng.choice(("cut", "cut", "close", "cut_at_broker", "go_silent", "take_over", "disconnect"))
+        if self.habits.starts_clean and not talk.accepted:
+            kind = "cut"  # its CONNECT must not come behind a later one and end that one's session
         self.note(kind)
         self.history.counts[kind] += 1
         if kind == "take_over":
@@ -174,11 +198,13 @@ class Client:
         packets, _ = split(data)
         self.receiver.missed(connection, packets)
         reason = next((body[0] if body else 0 for first, body in packets if first == 0xE0), None)
-        if connection.reset:
+        if connection.excused:
+            self.note("the broker closed the connection, and may")
+        elif connection.reset:
             self.note("the broker closed the connection")
             if not self.was_left_early or reason not in (TAKEN_OVER, None):
                 self.complain(f"the broker closed the connection, Reason Code {reason}")
-        elif reason not in (TAKEN_OVER, KEEP_ALIVE_TIMEOUT, None):
+        elif reason not in (TAKEN_OVER, KEEP_ALIVE_TIMEOUT, SHUTTING_DOWN, None):
             self.complain(f"DISCONNECT with Reason Code {reason:#x}")
 
     def received(self, connection: Connection, data: bytes) -> None:
@@ -208,11 +234,20 @@ class Client:
         if code or talk.accepted:
             self.complain(f"CONNACK {code:#x}")
             return
-        if present != 1 and self.has_session:
-            self.complain("the session is gone [MQTT5-3.1.2-5]")
+        if talk.clean:
+            if present:
+                self.complain("a session is present behind Clean Start")
+            self.subscriber.ended()
+            self.receiver.session_ended()
+            self.starts_clean = False
+        elif present != 1 and self.has_session:
+            if self.kills == talk.connection.kills or self.subscriber.confirmed:
+                self.complain("the session is gone [MQTT5-3.1.2-5]")
+            self._begin_anew()
         if present and self.talks == 1:
             self.complain("a session is present before the first connection")
         talk.accepted = self.has_session = True
+        self.kills = talk.connection.kills
         if self.habits.v5:
             properties, _, _ = read_properties(body, 2)
             talk.server_maximum = properties.get(RECEIVE_MAXIMUM, 65_535)
@@ -221,6 +256,19 @@ class Client:
         self._resend(talk)
         if self.habits.keep_alive:
             self.later(self.habits.keep_alive * 0.8, self._ping, talk, idle=True)
+
+    def _begin_anew(self) -> None:
+        """The session, of which nothing was confirmed, went with a broker that was killed [MQTT5-3.2.2-5]: what was
+        not acknowledged is published as new."""
+        self.history.counts["sessions gone"] += 1
+        self.to_send.extendleft(out.message for out in reversed(self.outgoing.values()) if not out.released)
+        self.outgoing.clear()
+        self.receiver.session_ended()
+
+    def restarted(self, *, killed: bool) -> None:
+        """The broker began anew; after a kill it may have forgotten what it had told."""
+        if killed:
+            self.subscriber.killed()
 
     def _ping(self, talk: Talk) -> None:
         talk.connection.send(PINGREQ)
@@ -271,8 +319,9 @@ class Client:
     def _publish(self, talk: Talk, message: Message, packet_id: int, *, dup: bool) -> None:
         message.sent_at = min(message.sent_at, self.world.now)
         message.attempts += 1
-        flags = message.qos << 1 | (DUP if dup else 0)
+        flags = message.qos << 1 | (DUP if dup else 0) | message.retain
         if message.qos:
+            self.outgoing[packet_id].sent_at = self.world.now
             talk.unconfirmed[PUBACK if message.qos == 1 else PUBREC].append(packet_id)
         self.note(f"PUBLISH {packet_id}{' DUP' if dup else ''} sent:", message.payload)
         self.history.counts["publisher's DUP"] += dup
@@ -280,7 +329,7 @@ class Client:
         frame = publish(
             self.version,
             message.topic_name,
-            message.payload,
+            b"" if message.removes else message.payload,
             flags=flags,
             packet_id=packet_id,
             properties=message.user_properties,
@@ -296,8 +345,8 @@ class Client:
             else:
                 self._publish(talk, out.message, packet_id, dup=True)
 
-    def _confirmed(self, talk: Talk, kind: int, packet_id: int) -> Outgoing | None:
-        """Look at a PUBACK or PUBREC: they come in the order of the PUBLISHes."""
+    def _confirmed(self, talk: Talk, kind: int, packet_id: int, code: int) -> Outgoing | None:
+        """Look at a PUBACK or PUBREC: they come in the order of the PUBLISHes. None: it did not say yes."""
         expected = talk.unconfirmed[kind]
         out = self.outgoing.get(packet_id)
         name = "PUBACK" if kind == PUBACK else "PUBREC"
@@ -308,21 +357,24 @@ class Client:
             self.complain(f"{name} {packet_id} in front of {expected[0]}, which was published before it")
         expected.remove(packet_id)
         self.note(f"{name} {packet_id}:", out.message.payload)
-        out.message.taken_at = min(out.message.taken_at, self.world.now)
-        return out
+        if code < 0x80:
+            out.message.taken_at = min(out.message.taken_at, self.world.now)
+            return out
+        if code != REFUSED or self.world.failed_at < out.sent_at or out.released or not self.habits.v5:
+            self.complain(f"{name} {packet_id} with Reason Code {code:#x}")
+        self.history.counts["refused"] += 1
+        out.message.refused_at = self.world.now
+        del self.outgoing[packet_id]
+        return None
 
     def _puback(self, talk: Talk, first: int, body: bytes) -> None:
         packet_id = two_bytes(body)
-        if read_code(body):
-            self.complain(f"PUBACK {packet_id} with Reason Code {read_code(body):#x}")
-        if self._confirmed(talk, PUBACK, packet_id) is not None:
+        if self._confirmed(talk, PUBACK, packet_id, read_code(body)) is not None:
             del self.outgoing[packet_id]
 
     def _pubrec(self, talk: Talk, first: int, body: bytes) -> None:
         packet_id = two_bytes(body)
-        if read_code(body):
-            self.complain(f"PUBREC {packet_id} with Reason Code {read_code(body):#x}")
-        out = self._confirmed(talk, PUBREC, packet_id)
+        out = self._confirmed(talk, PUBREC, packet_id, read_code(body))
         if out is not None:
             out.released = True
             talk.writing.append(ack(PUBREL, packet_id))

@@ -129,17 +129,25 @@ def read_code(body: bytes) -> int:
 
 
 def write_connect(
-    v5: bool, client_id: str, keep_alive: int, receive_maximum: int | None, topic_alias_maximum: int
+    v5: bool,
+    client_id: str,
+    keep_alive: int,
+    receive_maximum: int | None,
+    topic_alias_maximum: int,
+    *,
+    clean: bool,
+    lasts: bool,
 ) -> bytes:
-    """Make a CONNECT with Clean Start 0 (Clean Session 0) and a Session Expiry Interval of an hour."""
+    """Make a CONNECT, with Clean Start (Clean Session) if it is to be `clean`; if the session `lasts`, with a Session
+    Expiry Interval of an hour."""
     properties = b""
     if v5:
-        properties = b"\x11" + (3600).to_bytes(4, "big")
+        properties = b"" if not lasts else b"\x11" + (3600).to_bytes(4, "big")
         if receive_maximum is not None:
             properties += b"\x21" + receive_maximum.to_bytes(2, "big")
         if topic_alias_maximum:
             properties += b"\x22" + topic_alias_maximum.to_bytes(2, "big")
         properties = number(len(properties)) + properties
     version = V5 if v5 else V311
-    head = text("MQTT") + bytes([version, 0]) + keep_alive.to_bytes(2, "big")
+    head = text("MQTT") + bytes([version, 2 if clean else 0]) + keep_alive.to_bytes(2, "big")
     return packet(0x10, head, properties, text(client_id))

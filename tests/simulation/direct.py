@@ -48,6 +48,15 @@ class DirectWorld(World):
         broker.connections.make_lane = self.lane
         return broker
 
+    def settle(self) -> None:
+        """Send what is to be sent."""
+        if self.broker.touched:
+            self.broker.flush()
+
+    def excuses(self, reason_code: ReasonCode | None) -> bool:
+        """Whether the broker may end a connection with this reason, although its client did nothing."""
+        return False
+
     def open(self, peer: Peer) -> DirectConnection:
         return DirectConnection(self, peer)
 
@@ -67,8 +76,7 @@ class DirectWorld(World):
                 clock.jump(at - self.now)
                 self.now = at
             action()
-            if self.broker.touched:
-                self.broker.flush()
+            self.settle()
             if self.broker.metrics.messages_queued > self.most_queued:
                 self.most_queued = self.broker.metrics.messages_queued
         raise Restless(f"{MOST_EVENTS} events, and no end")
@@ -80,17 +88,38 @@ class DirectConnection(Connection):
     def __init__(self, world: DirectWorld, peer: Peer) -> None:
         super().__init__(world, peer)
         self.link = SimulatedLink(world, self)
+        self.dead = False
+        """The broker was killed."""
 
     def arrived(self, data: bytes) -> None:
         self.link.receive(data, trio.current_time())
 
     def taken(self, size: int) -> None:
-        self.link.in_socket -= size
-        self.link.fill_socket()
+        if not self.dead:
+            self.link.in_socket -= size
+            self.link.fill_socket()
 
     def part(self) -> None:
+        if not self.dead:
+            self.link.backlog = b""
+            self.link.end(None, "the network connection is gone")
+
+    def killed(self, *, arrives: bool) -> None:
+        """The broker is no more. What it had sent still arrives, or nothing does; what it had not is lost."""
+        self.dead = True
+        self.up.lose()
         self.link.backlog = b""
-        self.link.end(None, "the network connection is gone")
+        self.link.outbox.frames = []
+        if self.ended:
+            return
+        self.ended = True
+        if not self.attached:
+            self._settle()
+        elif arrives:
+            self.down.then(self.hang_up)
+        else:
+            self.down.lose()
+            self.hang_up()
 
     def unwritten(self) -> list[bytes]:
         return self.link.outbox.frames
@@ -136,11 +165,12 @@ class SimulatedLink(Link):
         ended = self.ended
         super().end(reason_code, text, server_reference)
         if not ended:
+            self.network.excused = self.world.excuses(reason_code)
             self.network.broker_ended()
 
     def _look_at_silence(self) -> None:
         """What the supervising task of a link does: end a client that was silent for too long."""
-        if self.ended:
+        if self.ended or self.network.dead:
             return
         left = self.silence_deadline() - trio.current_time()
         if left <= 0:

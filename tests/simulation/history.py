@@ -27,8 +27,13 @@ class Message:
     user_properties: bytes = b""
     sent_at: float = NEVER
     """When it was first sent."""
+    retain: bool = False
+    removes: bool = False
+    """Sent with an empty payload: it removes the retained message."""
     taken_at: float = NEVER
     """When its PUBACK or PUBREC came to the publisher."""
+    refused_at: float = NEVER
+    """When a negative one came: the publisher gave it up."""
     attempts: int = 0
     """PUBLISH packets sent for it."""
 
@@ -76,6 +81,13 @@ class Interest:
     deliveries: list[Delivery] = attrs.Factory(list)
     first_sent: Counter[bytes] = attrs.Factory(Counter)
     """Payload -> PUBLISH packets without DUP that the broker wrote for it, the lost ones too."""
+    sessions_ended: int = 0
+    """How often its session ended."""
+
+    @property
+    def shared(self) -> bool:
+        """Whether it is a member of share groups, and nothing else."""
+        return any(topic_filter.startswith("$share/") for topic_filter in self.filters)
 
 
 @attrs.define
@@ -102,6 +114,10 @@ class History:
     """(client, what it saw on the wire that no broker may do)."""
     counts: Counter[str] = attrs.Factory(Counter)
     """How often something happened that the simulation is for."""
+    kills: int = 0
+    """How often the broker was killed."""
+    restless: bool = False
+    """It was killed, or its store took nothing for a while."""
     trace: list[Note] | None = None
 
     @cached_property

@@ -38,6 +38,9 @@ class Peer(Protocol):
     def closed(self, connection: Connection) -> None:
         """The network connection is gone."""
 
+    def restarted(self, *, killed: bool) -> None:
+        """The broker began anew."""
+
     def missed(self, connection: Connection, data: bytes) -> None:
         """The broker wrote this and it never came; once per connection, when both ends have let go."""
 
@@ -47,6 +50,19 @@ class World:
 
     sees_all: bool = True
     """Whether `Connection.written` has all that the broker meant to write, also what its outbox held at the end."""
+    kills = 0
+    """How often the broker was killed."""
+    failed_at = -1.0
+    """When its store last took nothing; publishers were refused until then."""
+    outages = 0
+    """Outages of the store that the broker of today has seen."""
+    outages_before_kill = 0
+    """Outages that the last broker that was killed had seen."""
+    holds: bool = False
+    """Whether messages at QoS 2 wait for a store, so that those at QoS 1 overtake them, and a connection may end in
+    front of them."""
+    commits = 0
+    """Batches that the store took."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -55,6 +71,7 @@ class World:
         self.waiting = 0
         """Events that are not idle."""
         self._number = 0
+        self.clients: list[Peer] = []
 
     def open(self, peer: Peer) -> Connection:
         """Open a network connection for a client."""
@@ -145,6 +162,10 @@ class Connection:
         """All that the broker wrote."""
         self.consumed = 0
         """Bytes of it that the client has read as whole packets."""
+        self.kills = world.kills
+        """How often the broker had been killed when it was opened."""
+        self.excused = False
+        """The broker may end it, and the client knows why: it stops, or its store takes nothing."""
 
     # The broker's end
 

@@ -16,7 +16,7 @@ class Violation:
     """Something that must not have happened."""
 
     kind: str
-    """lost, duplicate, order, forged, altered, unwanted, repeated, unacknowledged, wire."""
+    """lost, duplicate, order, forged, altered, unwanted, repeated, refused, retained, unacknowledged, wire."""
     client: str
     text: str
     flow: Flow | None = None
@@ -31,7 +31,7 @@ def judge(history: History) -> list[Violation]:
     found += [
         Violation("unacknowledged", message.publisher, str(message), message.flow)
         for message in history.messages
-        if message.qos and message.taken_at == NEVER
+        if message.qos and message.taken_at == message.refused_at == NEVER
     ]
     for client, interest in history.interests.items():
         if not interest.spans and not interest.deliveries:
@@ -56,10 +56,14 @@ def _judge_deliveries(client: str, interest: Interest, history: History) -> Iter
             yield Violation("altered", client, f"got {message} with {wrong}", flow)
         if not _wanted(message, interest, must=False):
             yield Violation("unwanted", client, f"got {message} without a subscription", flow)
+        if delivery.qos == 2 and message.refused_at < NEVER:
+            yield Violation("refused", client, f"got {message}, which its publisher was told is not kept", flow)
         if count[delivery.payload] > 1:
             if delivery.qos == 2:
                 yield Violation("duplicate", client, f"got {message} again", flow)
             continue
+        if interest.shared:
+            continue  # the order is that of each member, and what another one left may come late
         if message.attempts > 1 and not (delivery.qos and _wanted(message, interest, must=True)):
             continue  # its first PUBLISH may have met no subscription or, at QoS 0, no room
         before = last.get((flow, delivery.qos), -1)
@@ -68,9 +72,21 @@ def _judge_deliveries(client: str, interest: Interest, history: History) -> Iter
         last[flow, delivery.qos] = max(before, message.number)
     for payload, times in interest.first_sent.items():
         sent = history.by_payload.get(payload)
-        if sent is not None and times > (sent.attempts if sent.qos == 1 else 1):
+        if sent is not None and times > _most_as_new(sent, interest, history):
             text = f"{sent} was sent {times} times without DUP; it came {sent.attempts} times from its publisher"
             yield Violation("repeated", client, text, sent.flow)
+
+
+def _most_as_new(message: Message, interest: Interest, history: History) -> float:
+    """How often a message may be sent without DUP. A broker that was killed may not know that it sent one at QoS 1, nor
+    that it received one that it did not have to keep yet; at QoS 2 it sends nothing that it does not know for good."""
+    if effective_qos(message, interest) == 2:
+        return 1
+    if interest.shared:
+        return NEVER  # each member has it anew
+    if message.qos == 2 and not history.restless:
+        return 1
+    return message.attempts + history.kills
 
 
 def _difference(delivery: Delivery, message: Message, interest: Interest) -> str:
@@ -89,11 +105,28 @@ def _judge_debts(client: str, interest: Interest, history: History) -> Iterator[
     """Look for what should have come and did not."""
     got = {delivery.payload for delivery in interest.deliveries}
     for message in history.messages:
-        if message.payload in got or not effective_qos(message, interest):
+        if interest.shared or message.payload in got or not effective_qos(message, interest):
+            continue
+        if message.refused_at < NEVER:
             continue
         if _wanted(message, interest, must=True):
             text = f"never got {message}, acknowledged at {message.taken_at:.4f}"
             yield Violation("lost", client, text, message.flow)
+
+
+def judge_retained(messages: list[Message], retained: dict[str, bytes]) -> Iterator[Violation]:
+    """Look at what is retained in the end: of each topic, which has one publisher and one QoS, the last message that
+    was acknowledged, or one behind it that was refused, which may have been too late."""
+    for topic_name in sorted({message.topic_name for message in messages if message.retain}):
+        flow = [message for message in messages if message.topic_name == topic_name]
+        acknowledged = [number for number, message in enumerate(flow) if message.taken_at < NEVER]
+        last = acknowledged[-1] if acknowledged else 0
+        allowed: set[bytes | None] = {None if message.removes else message.payload for message in flow[last:]}
+        if not acknowledged:
+            allowed.add(None)
+        if retained.get(topic_name) not in allowed:
+            text = f"{retained.get(topic_name)!r} is retained, the last one was {flow[last]}"
+            yield Violation("retained", flow[last].publisher, text, flow[last].flow)
 
 
 def effective_qos(message: Message, interest: Interest) -> int | None:
@@ -119,7 +152,11 @@ def _wanted(message: Message, interest: Interest, *, must: bool) -> bool:
 
 @cache
 def matches(topic_filter: str, topic_name: str) -> bool:
-    """Whether a filter matches a name [MQTT5-4.7.1]."""
+    """Whether a filter matches a name [MQTT5-4.7.1]; of a Shared Subscription, what is behind its share name."""
+    if topic_filter.startswith("$share/"):
+        topic_filter = topic_filter.split("/", 2)[2]
+    if topic_name.startswith("$") and topic_filter[0] in "+#":
+        return False  # [MQTT5-4.7.2-1]
     levels = topic_name.split("/")
     parts = topic_filter.split("/")
     for at, part in enumerate(parts):

@@ -14,6 +14,9 @@ from tests.wire import text
 PUBLISHERS: Final = 50
 MESSAGES: Final = 200
 """About that many per seed."""
+DURABLE_PUBLISHERS: Final = 14
+DURABLE_MESSAGES: Final = 60
+"""The same for seeds whose broker has a store."""
 CALM_AT: Final = 10.0
 """Seconds after which nothing is cut any more, and everybody comes back and finishes."""
 TOPICS: Final = tuple(f"t/{number}" for number in range(6))
@@ -57,6 +60,10 @@ class Habits:
     """Seconds for which acknowledgements are gathered."""
     delivers_at_pubrel: bool = False
     """Method A of [MQTT5-4.3.3], figure 4.3, rather than B."""
+    starts_clean: float = 0.0
+    """How likely a connection ends the session that was there."""
+    lasts: bool = True
+    """Whether its sessions outlive their connections; if not, `starts_clean` is 1."""
     mean_life: float = NEVER
     """Seconds that its connections last on average until the calm."""
     longest_pause: float = 1.0
@@ -114,6 +121,34 @@ def make_plan(seed: int) -> Plan:
     return Plan(seed=seed, limits=limits, clients=clients)
 
 
+def make_durable_plan(seed: int) -> Plan:
+    """Make the plan of a seed whose broker has a store: fewer clients, since its kills cut all their connections; some
+    publish retained messages, too, which nobody subscribes to."""
+    rng = random.Random(f"durable {seed}")
+    limits = Limits(
+        receive_maximum=rng.choice((2, 10, 1024)),
+        inflight_messages=rng.choice((1, 4, 20, 1024, 1024)),
+        queue_messages=100_000,
+    )
+    clients = [_publisher(rng, number) for number in range(DURABLE_PUBLISHERS)]
+    clients += [_subscriber(rng, DURABLE_PUBLISHERS + number) for number in range(rng.randint(1, 3))]
+    publishers = clients[:DURABLE_PUBLISHERS]
+    _write_messages(rng, publishers, DURABLE_MESSAGES)
+    for number, publisher in enumerate(rng.sample(publishers, 3)):
+        _write_retained(rng, publisher, f"$kept/{number}")
+    return Plan(seed=seed, limits=limits, clients=clients)
+
+
+def _write_retained(rng: random.Random, publisher: ClientPlan, topic: str) -> None:
+    """Have one publisher set the retained message of a topic, and now and then remove it, at one QoS."""
+    qos = rng.choice((1, 2))
+    instants = sorted(rng.random() * CALM_AT for _ in range(rng.randint(1, 4)))
+    for number, at in enumerate(instants):
+        message = _message(rng, publisher, topic, number, qos)
+        message.retain, message.removes = True, rng.random() < 0.3
+        publisher.bursts.append((at, [message]))
+
+
 def _publisher(rng: random.Random, number: int) -> ClientPlan:
     habits = Habits(
         v5=rng.random() < 0.5,
@@ -164,15 +199,15 @@ def _change_subscriptions(rng: random.Random, plan: ClientPlan) -> None:
     plan.changes.sort()
 
 
-def _write_messages(rng: random.Random, publishers: list[ClientPlan]) -> None:
+def _write_messages(rng: random.Random, publishers: list[ClientPlan], count: int = MESSAGES) -> None:
     """Every publisher has at least one burst, a few have most messages, so that flows are long."""
     qos = rng.choice(QOS)
-    busy = rng.sample(publishers, 8)
+    busy = rng.sample(publishers, min(8, len(publishers) // 2))
     topics = {p.name: rng.sample((*TOPICS, *LATE_TOPICS), rng.randint(1, 3)) for p in publishers}
     numbers = dict.fromkeys(topics, 0)
     order = publishers[:]
     written = 0
-    while order or written < MESSAGES:
+    while order or written < count:
         publisher = order.pop() if order else rng.choice(busy)
         topic = rng.choice(topics[publisher.name])
         size = 1 if order else rng.randint(1, 9)

@@ -27,6 +27,9 @@ class Written:
     """PUBREL was written, too."""
     finished: bool = False
     """We sent PUBACK or PUBCOMP: the identifier may be used again."""
+    qos: int = 1
+    kills: int = 0
+    """How often the broker had been killed when it was last written."""
 
 
 class Receiver:
@@ -46,11 +49,23 @@ class Receiver:
         """Packet Identifiers that take of our Receive Maximum on this connection."""
         self._pubrecs: deque[int] = deque()
         """Sent on this connection, their PUBREL has not come."""
-        self._repeated: tuple[Connection | None, int] = None, 0
-        """A connection and `Written.order` of the last message that was sent again on it."""
+        self._repeated: dict[int, tuple[Connection, int]] = {}
+        """By QoS, if one may overtake another (else 0): a connection, and `Written.order` of the last message that was
+        sent again on it."""
+
+    def forget_acknowledged_once(self) -> None:
+        """Another member of a share group may have it now: forget what was sent at QoS 1."""
+        self._written = {packet_id: written for packet_id, written in self._written.items() if written.qos == 2}
+
+    def session_ended(self) -> None:
+        """Nothing of it counts any more."""
+        self.unreleased.clear()
+        self._written.clear()
 
     def disconnected(self) -> None:
         """Forget what belongs to the connection."""
+        if self.client.subscriber.interest.shared:
+            self.forget_acknowledged_once()
         self._aliases.clear()
         self._acks.clear()
         self._open.clear()
@@ -89,7 +104,8 @@ class Receiver:
         client.note(f"PUBREL {packet_id} came:", arrived.payload if arrived else None)
         written = self._written.get(packet_id)
         if written is None:
-            client.complain(f"PUBREL {packet_id} for nothing")
+            if not client.world.holds:
+                client.complain(f"PUBREL {packet_id} for nothing")
         else:
             written.released = True
         if packet_id in self._pubrecs:
@@ -153,16 +169,25 @@ class Receiver:
         if not packet_id:
             client.complain(f"{name} at QoS {arrived.qos}")
         written = self._written.get(packet_id)
+        if written is not None and written.qos == 1 and written.kills < connection.kills:
+            written = None  # a broker that was killed may not know it; at QoS 2 it sends what the store has
         if not arrived.dup:
             if written is not None and not written.finished:
                 client.complain(f"{name} without DUP, the identifier is that of {written.payload!r}")
             self._order += 1
-            self._written[packet_id] = Written(arrived.payload, self._order, connection)
+            self._written[packet_id] = self._new(arrived, connection)
             return
         client.history.counts["DUP"] += 1
-        if (written is None or written.payload != arrived.payload) and not client.world.sees_all:
+        other = written is None or written.payload != arrived.payload
+        known = written is not None and not other and written.kills == connection.kills
+        if not known and (not other or self._may_be_unknown(written)):
             self._order += 1
-            written = self._written[packet_id] = Written(arrived.payload, self._order, connection)
+            new = self._new(arrived, connection)
+            if written is not None and not other:
+                new.released = written.released
+                if written.released:
+                    client.complain(f"{name} was sent again after its PUBREL")
+            self._written[packet_id] = new
             return
         if written is None or written.payload != arrived.payload:
             client.complain(f"{name} with DUP was not sent before under its identifier")
@@ -171,11 +196,23 @@ class Receiver:
             client.complain(f"{name} was sent twice on one connection")
         if written.released:
             client.complain(f"{name} was sent again after its PUBREL")
-        if self._repeated[0] is connection and written.order < self._repeated[1]:
+        kind = arrived.qos if client.world.holds else 0
+        before = self._repeated.get(kind)
+        if before is not None and before[0] is connection and written.order < before[1]:
             client.complain(f"{name} was sent again behind one that had been sent later")
-        self._repeated = connection, written.order
+        self._repeated[kind] = connection, written.order
         written.connection = connection
         written.finished = False
+
+    def _new(self, arrived: Arrived, connection: Connection) -> Written:
+        return Written(arrived.payload, self._order, connection, qos=arrived.qos, kills=connection.kills)
+
+    def _may_be_unknown(self, written: Written | None) -> bool:
+        """Whether the broker may have meant to write what we never saw."""
+        world = self.client.world
+        if not world.sees_all or self.client.subscriber.interest.shared:
+            return True
+        return world.holds and (written is None or written.finished or written.qos == 1)
 
     def _deliver(self, arrived: Arrived) -> None:
         """Hand a message to the application."""

@@ -6,15 +6,14 @@ again, `SEED=1000-9999` others.
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 
 import pytest
 import trio.testing
 
 from tests.simulation.play import LANES, explain, play, play_on_trio
+from tests.simulation.seeds import seeds
 
-BLOCK = 100
 REACHED = {
     "messages": 180,
     "deliveries": 300,
@@ -33,13 +32,6 @@ REACHED = {
     "QoS 2 again": 2,
 }
 """How often a seed does what the simulation is for, on average, at least."""
-
-
-def seeds() -> list[range]:
-    """What to play: blocks of the default seeds, or what the environment variable SEED says."""
-    first, _, last = os.environ.get("SEED", "0-999").partition("-")
-    whole = range(int(first), int(last or first) + 1)
-    return [whole[at : at + BLOCK] for at in range(0, len(whole), BLOCK)]
 
 
 @pytest.mark.spec(
