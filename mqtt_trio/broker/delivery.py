@@ -151,8 +151,9 @@ class Sender:
             if group.number and not delivery.number:
                 journal.add(group.number, delivery, 0)
             return
-        if delivery.number and (group is not None or not session.number):  # it was the group's
-            journal.done(delivery.number)
+        before = delivery.number
+        if before and (group is not None or not session.number):  # it was the group's
+            journal.done(before)
             delivery.number = 0
         if not session.number:
             return
@@ -160,6 +161,8 @@ class Sender:
             journal.move(delivery.number, session.number, packet_id, delivery.qos | RETAIN * delivery.retain)
         else:
             journal.add(session.number, delivery, packet_id)
+            if before:
+                journal.renumbered[before] = delivery.number
 
     def _frame(
         self,

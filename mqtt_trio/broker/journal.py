@@ -105,6 +105,11 @@ class Journal:
         """No owner, no delivery up to these was not there before; a store that was loaded says where to go on."""
         self.failing: str | None = None
         """Why the store takes nothing, while it does not: publishes that need it are refused."""
+        self.renumbered: dict[Number, Number] = {}
+        """Old and new number of deliveries that went from a share group to a member, whose own ones they are to follow;
+        until the store has the old one, its publisher's answer names it."""
+        self._taken = 0
+        """The last number of the batch that is out."""
         self._doubtful = 0
         """Rows up to this number in the batch come from one that failed. A disk that reports an error may have kept it
         all the same, so what is at its end is removed there, too."""
@@ -248,6 +253,7 @@ class Journal:
         self.size = 0
         self.dirty = False
         self.number += 1
+        self._taken = self.last_number
         self._last = (None, 0, b"")
         return batch
 
@@ -255,6 +261,8 @@ class Journal:
         """The batch that is out is on disk. Returns the connections whose frames may go."""
         self.failing = None
         self.done_number = self.number - 1
+        if self.renumbered:
+            self.renumbered = {old: new for old, new in self.renumbered.items() if old > self._taken}
         ready: list[Outbox] = []
         while self._waiting and self._waiting[0][0] <= self.done_number:
             ready += self._waiting.popleft()[1]

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mqtt_trio.broker.events import OutageBegan, OutageEnded
-from mqtt_trio.broker.journal import AGAIN, RELEASED, TURN, Held, frame_of, positive
+from mqtt_trio.broker.journal import AGAIN, RELEASED, RETAIN, TURN, Held, frame_of, positive
 from mqtt_trio.broker.message import Message
 from mqtt_trio.broker.queues import MessageQueue
 from mqtt_trio.broker.router import SubscriptionOptions
-from mqtt_trio.broker.session import Session, number_of, qos_of
+from mqtt_trio.broker.session import Delivery, Session, number_of, qos_of
 from mqtt_trio.broker.shares import ShareGroup
 from mqtt_trio.broker.store import Batch, Number
 from mqtt_trio.protocol.codes import ProtocolVersion, ReasonCode
@@ -255,6 +255,7 @@ class Keeper:
 
     def _withdraw(self, number: Number) -> None:
         """Take back a delivery that waits in a queue or whose frame waits for the store; what was sent stays sent."""
+        number = self.journal.renumbered.get(number, number)
         row = self.journal.batch.deliveries.get(number)
         if row is None:
             return
@@ -270,8 +271,25 @@ class Keeper:
             if session.outbox is not None:
                 for held in session.outbox.held:
                     session.outbox.held_size -= len(held.publishes.pop(packet_id, b""))
-        elif queue is None or not queue.withdraw(number):
-            return
-        else:
+        elif queue is not None and queue.withdraw(number):
             self.broker.metrics.messages_queued -= 1
+        else:
+            if group is not None:
+                self._leave_with_member(group, number)
+            return
         self.journal.done(number)
+
+    def _leave_with_member(self, group: ShareGroup, number: Number) -> None:
+        """A member was sent a message of its group at QoS 1: it may complete that, but nobody else gets the message,
+        whose publisher is told that it is not kept. At QoS 2 it would come twice when the publisher tries again."""
+        for session in group.members:
+            for packet_id, entry in session.inflight.items():
+                if not isinstance(entry, Delivery) or entry.number != number:
+                    continue
+                entry.group = None
+                if session.number:
+                    self.journal.move(number, session.number, packet_id, entry.qos | RETAIN * entry.retain)
+                else:
+                    entry.number = 0
+                    self.journal.done(number)
+                return

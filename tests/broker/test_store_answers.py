@@ -141,3 +141,44 @@ async def test_what_was_taken_back_is_not_in_a_store_that_kept_the_failed_batch(
     commit(world)
     state = world.store.load()
     assert (state.deliveries, state.contents) == ([], {})
+
+
+def make_group(world: World, *levels: int) -> list[RecordingLink]:
+    """Connect members of one group, each with a QoS; the client `queue` of the world is none of them."""
+    links = []
+    for number, qos in enumerate(levels):
+        links.append(connect(world, f"m{number}"))
+        world.feed(links[-1], subscribe(V311, 1, ("$share/g/s", qos)))
+    commit(world)
+    for link in links:
+        link.sent = b""
+    return links
+
+
+@pytest.mark.spec("MQTT5-4.8.2-5")
+@pytest.mark.parametrize("lane", LANES)
+async def test_a_refused_message_of_a_group_is_not_given_to_another_member(lane: type[FastLane]) -> None:
+    world = make_world(lane)
+    low, high = make_group(world, 1, 2)
+    world.feed(connect(world, "p", V5), publish(V5, "s", b"x", flags=4, packet_id=1))
+    assert low.sent == publish(V311, "s", b"x", flags=2, packet_id=1)
+    fail(world)
+    low.end(None, "cut")
+    commit(world)
+    assert high.sent == b""
+    (left,) = world.state()["m0"]["inflight"]  # what has left at QoS 1 may come to an end
+    assert world.restarted()["m0"]["inflight"] == [left]
+
+
+@pytest.mark.spec("MQTT5-4.8.2-5")
+async def test_a_refused_message_that_a_group_had_handed_on_is_taken_back() -> None:
+    world = make_world()
+    low, high = make_group(world, 1, 2)
+    world.feed(connect(world, "p", V5), publish(V5, "s", b"x", flags=4, packet_id=1))
+    low.end(None, "cut")
+    assert world.broker.connections.sessions["m1"].inflight
+    fail(world)
+    commit(world)
+    assert high.sent == b""
+    assert not world.broker.connections.sessions["m1"].inflight
+    assert world.store.load().deliveries == []
