@@ -140,6 +140,7 @@ class Client:
             self.starts_clean = self.rng.random() < habits.starts_clean
         self.talk = talk = Talk(connection, receive_maximum, self.starts_clean)
         self.talks += 1
+        self.history.connections[self.name] += 1
         if talk.clean:
             self.subscriber.ends()
         self.note("CONNECT" if receive_maximum is None else f"CONNECT, Receive Maximum {receive_maximum}")

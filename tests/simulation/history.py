@@ -83,6 +83,8 @@ class Interest:
     """Payload -> PUBLISH packets without DUP that the broker wrote for it, the lost ones too."""
     sessions_ended: int = 0
     """How often its session ended."""
+    left: bool = False
+    """It has ever unsubscribed."""
 
     @property
     def shared(self) -> bool:
@@ -114,6 +116,8 @@ class History:
     """(client, what it saw on the wire that no broker may do)."""
     counts: Counter[str] = attrs.Factory(Counter)
     """How often something happened that the simulation is for."""
+    connections: Counter[str] = attrs.Factory(Counter)
+    """How many network connections each client opened."""
     kills: int = 0
     """How often the broker was killed."""
     restless: bool = False

@@ -16,7 +16,7 @@ class Violation:
     """Something that must not have happened."""
 
     kind: str
-    """lost, duplicate, order, forged, altered, unwanted, repeated, refused, retained, unacknowledged, wire."""
+    """lost, duplicate, twice, order, forged, altered, unwanted, repeated, refused, retained, unacknowledged, wire."""
     client: str
     text: str
     flow: Flow | None = None
@@ -54,7 +54,11 @@ def _judge_deliveries(client: str, interest: Interest, history: History) -> Iter
         count[delivery.payload] += 1
         if wrong := _difference(delivery, message, interest):
             yield Violation("altered", client, f"got {message} with {wrong}", flow)
-        if not _wanted(message, interest, must=False):
+        if interest.shared:
+            wanted = any(span.may_from <= delivery.at for spans in interest.spans.values() for span in spans)
+        else:
+            wanted = _wanted(message, interest, must=False)
+        if not wanted:
             yield Violation("unwanted", client, f"got {message} without a subscription", flow)
         if delivery.qos == 2 and message.refused_at < NEVER:
             yield Violation("refused", client, f"got {message}, which its publisher was told is not kept", flow)

@@ -93,6 +93,8 @@ class Plan:
     seed: int
     limits: Limits
     clients: list[ClientPlan]
+    may_end: bool = False
+    """Whether sessions or share groups may end, and what waits for them with them."""
 
     @property
     def may_drop_qos0(self) -> bool:
@@ -112,12 +114,12 @@ def make_plan(seed: int) -> Plan:
         inflight_messages=rng.choice((1, 4, 20, 1024, 1024)),
         queue_messages=100_000,
     )
-    clients = [_publisher(rng, number) for number in range(PUBLISHERS)]
+    clients = [make_publisher(rng, number) for number in range(PUBLISHERS)]
     if rng.random() < 0.3:  # somebody who does both
         both = rng.choice(clients)
         both.filters = dict(rng.choice(STATIC_FILTERS))
-    clients += [_subscriber(rng, PUBLISHERS + number) for number in range(rng.randint(2, 4))]
-    _write_messages(rng, clients[:PUBLISHERS])
+    clients += [make_subscriber(rng, PUBLISHERS + number) for number in range(rng.randint(2, 4))]
+    write_messages(rng, clients[:PUBLISHERS])
     return Plan(seed=seed, limits=limits, clients=clients)
 
 
@@ -130,10 +132,10 @@ def make_durable_plan(seed: int) -> Plan:
         inflight_messages=rng.choice((1, 4, 20, 1024, 1024)),
         queue_messages=100_000,
     )
-    clients = [_publisher(rng, number) for number in range(DURABLE_PUBLISHERS)]
-    clients += [_subscriber(rng, DURABLE_PUBLISHERS + number) for number in range(rng.randint(1, 3))]
+    clients = [make_publisher(rng, number) for number in range(DURABLE_PUBLISHERS)]
+    clients += [make_subscriber(rng, DURABLE_PUBLISHERS + number) for number in range(rng.randint(1, 3))]
     publishers = clients[:DURABLE_PUBLISHERS]
-    _write_messages(rng, publishers, DURABLE_MESSAGES)
+    write_messages(rng, publishers, DURABLE_MESSAGES)
     for number, publisher in enumerate(rng.sample(publishers, 3)):
         _write_retained(rng, publisher, f"$kept/{number}")
     return Plan(seed=seed, limits=limits, clients=clients)
@@ -149,7 +151,8 @@ def _write_retained(rng: random.Random, publisher: ClientPlan, topic: str) -> No
         publisher.bursts.append((at, [message]))
 
 
-def _publisher(rng: random.Random, number: int) -> ClientPlan:
+def make_publisher(rng: random.Random, number: int) -> ClientPlan:
+    """Make somebody who publishes; `write_messages` says what."""
     habits = Habits(
         v5=rng.random() < 0.5,
         window=rng.choice((1, 3, 20, 20)),
@@ -165,7 +168,8 @@ def _publisher(rng: random.Random, number: int) -> ClientPlan:
     return ClientPlan(name=f"p{number}", number=number, habits=habits, starts_at=rng.random())
 
 
-def _subscriber(rng: random.Random, number: int) -> ClientPlan:
+def make_subscriber(rng: random.Random, number: int) -> ClientPlan:
+    """Make somebody who subscribes."""
     v5 = rng.random() < 0.5
     habits = Habits(
         v5=v5,
@@ -199,7 +203,7 @@ def _change_subscriptions(rng: random.Random, plan: ClientPlan) -> None:
     plan.changes.sort()
 
 
-def _write_messages(rng: random.Random, publishers: list[ClientPlan], count: int = MESSAGES) -> None:
+def write_messages(rng: random.Random, publishers: list[ClientPlan], count: int = MESSAGES) -> None:
     """Every publisher has at least one burst, a few have most messages, so that flows are long."""
     qos = rng.choice(QOS)
     busy = rng.sample(publishers, min(8, len(publishers) // 2))

@@ -17,11 +17,13 @@ from tests.simulation.client import Client
 from tests.simulation.direct import DirectWorld, NoLane
 from tests.simulation.disks import Disk, MemoryDisk
 from tests.simulation.durable import DurableWorld, make_fate
+from tests.simulation.groups import judge_groups
 from tests.simulation.history import History
 from tests.simulation.network import World
 from tests.simulation.on_trio import TrioWorld
 from tests.simulation.oracle import Violation, judge, judge_retained
 from tests.simulation.plan import Plan, make_durable_plan, make_plan
+from tests.simulation.share_plan import has_store, make_share_plan
 
 LINES = 60
 """Of a trace that are shown."""
@@ -64,6 +66,26 @@ def play_durable(
     clients = start_clients(plan, world, history)
     run(world, history)
     return conclude_durable(plan, history, world, clients)
+
+
+def play_shares(
+    clock: trio.testing.MockClock, seed: int, lane: type[FastLane] = FastLane, *, traced: bool = False
+) -> Outcome:
+    """Play a seed about share groups; some have a broker with a store."""
+    plan = make_share_plan(seed)
+    history = History(plan.messages, trace=[] if traced else None)
+    if has_store(seed):
+        world = DurableWorld(clock, plan.limits, lane, MemoryDisk(), make_fate(seed), seed)
+        clients = start_clients(plan, world, history)
+        run(world, history)
+        outcome = conclude_durable(plan, history, world, clients)
+    else:
+        direct = DirectWorld(clock, plan.limits, lane)
+        clients = start_clients(plan, direct, history)
+        run(direct, history)
+        outcome = conclude(plan, history, direct.broker, clients)
+    outcome.violations += judge_groups(history)
+    return outcome
 
 
 def run(world: DirectWorld, history: History) -> None:
@@ -150,6 +172,8 @@ def leftovers(broker: Broker, plan: Plan, past: Counter[str]) -> list[str]:
     metrics = {name: past[name] * (name != "messages_queued") + now[name] for name in now}
     bad = [name for name in metrics if name.startswith("dropped_")]
     bad += ["messages_queued", "protocol_errors", "client_failures"]
+    if plan.may_end:
+        bad.remove("dropped_session_ended")
     if plan.may_drop_qos0:
         bad.remove("dropped_outbox_full")
     return found + [f"{name} is {metrics[name]}" for name in bad if metrics[name]]

@@ -53,10 +53,6 @@ class Receiver:
         """By QoS, if one may overtake another (else 0): a connection, and `Written.order` of the last message that was
         sent again on it."""
 
-    def forget_acknowledged_once(self) -> None:
-        """Another member of a share group may have it now: forget what was sent at QoS 1."""
-        self._written = {packet_id: written for packet_id, written in self._written.items() if written.qos == 2}
-
     def session_ended(self) -> None:
         """Nothing of it counts any more."""
         self.unreleased.clear()
@@ -64,8 +60,6 @@ class Receiver:
 
     def disconnected(self) -> None:
         """Forget what belongs to the connection."""
-        if self.client.subscriber.interest.shared:
-            self.forget_acknowledged_once()
         self._aliases.clear()
         self._acks.clear()
         self._open.clear()
@@ -168,15 +162,19 @@ class Receiver:
             return
         if not packet_id:
             client.complain(f"{name} at QoS {arrived.qos}")
-        written = self._written.get(packet_id)
-        if written is not None and written.qos == 1 and written.kills < connection.kills:
-            written = None  # a broker that was killed may not know it; at QoS 2 it sends what the store has
+        written = self._known(packet_id, connection)
         if not arrived.dup:
             if written is not None and not written.finished:
                 client.complain(f"{name} without DUP, the identifier is that of {written.payload!r}")
             self._order += 1
             self._written[packet_id] = self._new(arrived, connection)
             return
+        self._look_at_repeat(arrived, written, connection)
+
+    def _look_at_repeat(self, arrived: Arrived, written: Written | None, connection: Connection) -> None:
+        """Complain about a PUBLISH with DUP that may not be written now."""
+        client, packet_id = self.client, arrived.packet_id
+        name = f"PUBLISH {packet_id} {arrived.payload!r}"
         client.history.counts["DUP"] += 1
         other = written is None or written.payload != arrived.payload
         known = written is not None and not other and written.kills == connection.kills
@@ -196,13 +194,23 @@ class Receiver:
             client.complain(f"{name} was sent twice on one connection")
         if written.released:
             client.complain(f"{name} was sent again after its PUBREL")
-        kind = arrived.qos if client.world.holds else 0
+        kind = arrived.qos if client.world.holds or client.subscriber.interest.shared else 0
         before = self._repeated.get(kind)
         if before is not None and before[0] is connection and written.order < before[1]:
             client.complain(f"{name} was sent again behind one that had been sent later")
         self._repeated[kind] = connection, written.order
         written.connection = connection
         written.finished = False
+
+    def _known(self, packet_id: int, connection: Connection) -> Written | None:
+        """Return what the broker must know that it wrote under an identifier. At QoS 2 a message stays with its client,
+        and is sent once the store has it; at QoS 1 another member of a share group may have it now, and a broker that
+        was killed may not know it."""
+        written = self._written.get(packet_id)
+        if written is None or written.qos == 2 or written.connection is connection:
+            return written
+        shared = self.client.subscriber.interest.shared
+        return None if shared or written.kills < connection.kills else written
 
     def _new(self, arrived: Arrived, connection: Connection) -> Written:
         return Written(arrived.payload, self._order, connection, qos=arrived.qos, kills=connection.kills)

@@ -74,6 +74,7 @@ class Subscriber:
             talk.writing.append(subscribe(client.version, request.packet_id, *filters))
         else:
             client.note(f"UNSUBSCRIBE {' '.join(request.filters)}")
+            self.interest.left = True
             talk.writing.append(unsubscribe(client.version, request.packet_id, *request.filters))
 
     def ends(self) -> None:
