@@ -106,6 +106,8 @@ class Connection:
     replies: deque[Packet] = attrs.Factory(deque)
     """Control packets that the Server must send, in this order."""
     at_most_once: list[Owed] = attrs.Factory(list)
+    carried: set[int] = attrs.Factory(set)
+    """Of the session's `unreleased`, those of earlier connections: the quota begins anew (4.9)."""
     repeat: list[Owed] = attrs.Factory(list)
     """What was under way when the last connection ended: to be repeated in this order, before anything new."""
 
@@ -158,6 +160,7 @@ class Model:
             case p.PubRel():
                 known = packet.packet_id in session.unreleased
                 session.unreleased.discard(packet.packet_id)
+                connection.carried.discard(packet.packet_id)
                 code = ReasonCode.SUCCESS if known or not connection.v5 else ReasonCode.PACKET_IDENTIFIER_NOT_FOUND
                 connection.replies.append(p.PubComp(packet.packet_id, code))
             case p.PubAck() | p.PubRec() | p.PubComp():
@@ -231,6 +234,7 @@ class Model:
         session.expires_at = session.will_at = float("inf")
         session.will = packet.will  # a Will that waited is not published: 3.1.3-9
         session.connection, connection.session = connection, session
+        connection.carried = set(session.unreleased)
         connection.repeat = [owed for owed in session.owed if owed.packet_id is not None]
         for owed in session.owed:
             owed.live = False
@@ -255,7 +259,8 @@ class Model:
         if packet.qos:
             assert packet.packet_id is not None
             repeated = packet.qos == 2 and packet.packet_id in session.unreleased
-            if connection.v5 and not repeated and len(session.unreleased) >= self.receive_maximum:
+            mine = len(session.unreleased - connection.carried)
+            if connection.v5 and not repeated and mine >= self.receive_maximum:
                 self._refuse(connection, ReasonCode.RECEIVE_MAXIMUM_EXCEEDED)  # 3.3.4-9
                 return
             if packet.qos == 1:

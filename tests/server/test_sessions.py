@@ -512,3 +512,21 @@ async def test_expired_messages_make_room_in_a_queue(autojump_clock: trio.testin
         client = await memory.reconnect(client)
         expected = {"drop-new": [b"old2", b"0", b"1"], "drop-oldest": [b"0", b"1", b"2"]}[overflow]
         assert [message.payload for message in await client.next_messages(3)] == expected
+
+
+@pytest.mark.spec("MQTT5-4.9.0-1")
+async def test_the_quota_of_a_publisher_begins_anew_with_each_connection() -> None:
+    async with open_memory_broker(Limits(receive_maximum=2)) as memory:
+        client = await memory.connect("c", session_expiry_interval=100)
+        for packet_id in (1, 2):
+            await client.send(Publish("t", b"x", QoS.EXACTLY_ONCE, packet_id=packet_id))
+            await client.expect(PubRec)
+        await client.cut()
+        client = await memory.reconnect(client)
+        for packet_id in (3, 4):
+            await client.send(Publish("t", b"x", QoS.EXACTLY_ONCE, packet_id=packet_id))
+            assert (await client.expect(PubRec)).packet_id == packet_id
+        await client.send(Publish("t", b"x", QoS.EXACTLY_ONCE, packet_id=5))
+        end = await client.closed()
+        assert isinstance(end, Disconnect)
+        assert end.reason_code == ReasonCode.RECEIVE_MAXIMUM_EXCEEDED
