@@ -270,7 +270,8 @@ class ArchiveFile:
         if used > self._limit:
             return self._delete_oldest(used, used - self._limit) or more
         if pages > self._limit:
-            self._db.execute(f"PRAGMA incremental_vacuum({self._budget // self._page})").fetchall()
+            # `execute` would stop after the first page: each is a row, and a row without columns ends it.
+            self._db.executescript(f"PRAGMA incremental_vacuum({self._budget // self._page})")
             self._fold_log()
             return self._pages()[0] < pages or more
         return more

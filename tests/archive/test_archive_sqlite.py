@@ -19,7 +19,7 @@ import trio
 
 from mqtt_trio.archive.groups import ArchiveGroup, ArchiveGroupOptions
 from mqtt_trio.archive.sqlite import SqliteArchive, archive_path
-from mqtt_trio.archive.sqlite_file import SCHEMA_VERSION
+from mqtt_trio.archive.sqlite_file import SCHEMA_VERSION, ArchiveFile, cost_of
 from mqtt_trio.archive.store import ArchiveStore, Outcome
 from mqtt_trio.broker.message import Message
 from mqtt_trio.broker.tap import FrameRun, Hold
@@ -224,6 +224,24 @@ async def test_lowered_max_size_shrinks_the_file(tmp_path: Path) -> None:
     kept = [int(message.payload[:4]) for message in read_file(path)]
     assert kept == list(range(kept[0], 2000))
     assert len(kept) > 150
+
+
+def test_one_step_gives_back_as_many_pages_as_the_log_takes(tmp_path: Path) -> None:
+    path = tmp_path / "a.sqlite3"
+    messages = [Message("a", b"x" * 2000, published_at=NOW) for _ in range(3000)]
+    file = ArchiveFile(path, max_size=64 * MIB, synchronous="OFF")
+    file.insert(messages, sum(map(cost_of, messages)))
+    file.close()
+    file = ArchiveFile(path, max_size=2 * MIB, synchronous="OFF")
+    (before,) = query(path, "PRAGMA page_count")[0]
+    sizes = [before]
+    while file.tend(None):
+        (pages,) = query(path, "PRAGMA page_count")[0]
+        if pages < sizes[-1]:
+            sizes.append(pages)
+    file.close()
+    assert disk_size(path) <= 2 * MIB
+    assert len(sizes) < 30, "a page at a time would need a thousand steps"
 
 
 async def test_message_that_cannot_be_written_fails_alone(tmp_path: Path) -> None:
