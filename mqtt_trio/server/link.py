@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 CLOSE_GRACE: Final = 2.0
 """Seconds that an ended client may take to read its farewell."""
+LAST_READS: Final = 64
+"""Reads from a client to whom nothing can be sent any more: what it sent before is in some buffer of the kernel."""
 PACKETS_PER_WAKE: Final = 1000
 """Packets of one client that the full path handles before everybody else gets their turn: some milliseconds. The fast
 lane needs no such bound, what it takes from one read costs as much."""
@@ -46,6 +48,7 @@ class Link:
     __slots__ = (
         "_paused_by",
         "_stalled",
+        "broken",
         "broker",
         "certificate_subject",
         "changed",
@@ -85,6 +88,8 @@ class Link:
         self.connect_timeout = connect_timeout
         self.silence_limit: float | None = None
         self.last_packet_at = self.opened_at = trio.current_time()
+        self.broken: str | None = None
+        """Why nothing can be sent any more; what the client sent before is still handled, then it ends."""
         self.ended = False
         self.end_reason: ReasonCode | None = None
         self.end_text = ""
@@ -202,6 +207,13 @@ class Link:
         self.reading_changed()
         self.changed.set()
 
+    def sending_failed(self, text: str) -> None:
+        """Nothing can be sent any more. The client's task reads what has arrived, then ends it: a DISCONNECT, a last
+        message or acknowledgement may be there, sent by a client that closed while we were writing to it."""
+        if self.broken is None:
+            self.broken = text
+            self.changed.set()
+
     def pause(self, owner: object) -> None:
         """Stop handling this client's bytes."""
         self._paused_by.add(id(owner))
@@ -252,11 +264,12 @@ class Link:
     async def supervise(self) -> None:
         """The client's one task, from its first byte to its last. Cancelled, it ends the client without a farewell."""
         try:
-            while not self.ended:
+            while not self.ended and self.broken is None:
                 self.changed = trio.Event()
                 with trio.move_on_at(self.silence_deadline()):
                     await self.changed.wait()
                 await self._end_silent()
+            await self._read_rest()
             self.broker.flush()
             with trio.move_on_after(CLOSE_GRACE):
                 await self.drained()
@@ -269,9 +282,26 @@ class Link:
             self.release()
             self.broker.metrics.connections_closed += 1
 
+    async def _read_rest(self) -> None:
+        """Of a broken connection handle what has arrived, in no more than CLOSE_GRACE, then end it."""
+        if self.broken is None:
+            return
+        with trio.move_on_after(CLOSE_GRACE):
+            for _ in range(LAST_READS):
+                while self.paused and not self.ended:
+                    self.changed = trio.Event()
+                    await self.changed.wait()
+                if self.ended or not await self.read_more():
+                    break
+        self.end(None, self.broken)
+
     async def _end_silent(self) -> None:
         """End the client if it was silent for too long. What it sent and we have not read is no silence of its own."""
-        if not self._is_silent() or await self.has_input() or not self._is_silent():
+        if not self._is_silent():
+            return
+        before = self.last_packet_at
+        await self.read_more()
+        if self.last_packet_at != before or not self._is_silent():
             return
         metrics = self.broker.metrics
         if self.session is None:
@@ -314,8 +344,8 @@ class Link:
         """Call `resume(self)` once the other clients have had their turn."""
         raise NotImplementedError
 
-    async def has_input(self) -> bool:
-        """Handle what has arrived and is not read yet; True when there was something."""
+    async def read_more(self) -> bool:
+        """Read once more and handle it; False when nothing has arrived."""
         raise NotImplementedError
 
     async def drained(self) -> None:

@@ -60,12 +60,14 @@ class SocketLink(Link):
         if not frames:
             return
         outbox.frames = []
+        if self.broken is not None:
+            return
         data = frames[0] if len(frames) == 1 else b"".join(frames)
         if self.codec is not None:
             data = frame(data)
         try:
             self._send(data)
-            if self.backlog is None:
+            if self.backlog is None and self.broken is None:
                 outbox.room = outbox.limit
                 if outbox.starved and not self.ended:
                     self.broker.has_room(outbox, trio.current_time())
@@ -83,12 +85,14 @@ class SocketLink(Link):
             self.backlog += data
             self._bound_backlog()
             return
+        if self.broken is not None:
+            return
         try:
             sent = self.sock.send(data)
         except BlockingIOError:
             sent = 0
         except OSError as exc:
-            self._give_up(f"sending failed: {exc.strerror}")
+            self._broke(f"sending failed: {exc.strerror}")
             return
         self.broker.metrics.bytes_sent += sent
         if sent < len(data):
@@ -103,13 +107,22 @@ class SocketLink(Link):
             self._give_up("the client does not read the answers to its own packets")
 
     def _give_up(self, text: str) -> None:
-        """Nothing can be sent any more."""
+        """Nothing can or may be sent any more, and nothing is there to be read."""
+        self._send_no_more()
+        self.end(None, text)
+        self.outbox.frames = []
+
+    def _broke(self, text: str) -> None:
+        """Nothing can be sent any more. The client's own task reads the rest; the socket would be ready for ever."""
+        self._send_no_more()
+        self.poller.remove(self)
+        self.sending_failed(text)
+
+    def _send_no_more(self) -> None:
         self.backlog = None
         self.outbox.frames = []
         if self._drained is not None:
             self._drained.set()
-        self.end(None, text)
-        self.outbox.frames = []
 
     def write_backlog(self) -> None:
         """The socket takes bytes again."""
@@ -130,20 +143,21 @@ class SocketLink(Link):
         if self.outbox.starved and not self.ended:
             self.broker.has_room(self.outbox, trio.current_time())
 
-    def read(self, now: float) -> None:
-        """Read once and handle it."""
+    def read(self, now: float) -> bool:
+        """Read once and handle it; False when there was nothing."""
         try:
             data = self.sock.recv(RECEIVE_SIZE)
             if data:
                 self.receive(data, now)
-            else:
-                self.end(None, "the client closed the network connection")
+                return True
+            self.end(None, "the client closed the network connection")
         except BlockingIOError:
             pass
         except OSError as exc:
             self._give_up(f"the network connection broke: {exc.strerror}")
         except Exception as exc:
             self.failed(exc)
+        return False
 
     def ready(self, event: int, now: float) -> None:
         """Serve an epoll event that is more than input."""
@@ -153,7 +167,8 @@ class SocketLink(Link):
             except BlockingIOError:
                 pass
             except OSError as exc:
-                self._give_up(f"the network connection broke: {exc.strerror}")
+                self._broke(f"sending failed: {exc.strerror}")
+                return
             except Exception as exc:
                 self.failed(exc)
         if not event & ~select.EPOLLOUT:
@@ -161,24 +176,21 @@ class SocketLink(Link):
         if not self.ended and not self.paused:
             self.read(now)
         elif event & (select.EPOLLHUP | select.EPOLLERR):
-            # Nobody reads it, so that it would come back at once, for ever.
-            self._give_up("the network connection broke")
-            self.poller.remove(self)
+            self._broke("the network connection broke")  # nobody reads it, so that it would come back at once
 
     def reading_changed(self) -> None:
         self.poller.watch(self)
 
     def resume_soon(self) -> None:
-        self.poller.again.append(self)
+        self.poller.resume_soon(self)
 
-    async def has_input(self) -> bool:
-        """Read once more before silence is believed."""
+    async def read_more(self) -> bool:
         await trio.lowlevel.checkpoint()
-        before = self.last_packet_at
-        if not self.ended and not self.paused:
-            self.read(trio.current_time())
-            self.broker.flush()
-        return self.last_packet_at != before
+        if self.ended or self.paused:
+            return False
+        found = self.read(trio.current_time())
+        self.broker.flush()
+        return found
 
     async def drained(self) -> None:
         """Wait until the backlog has left."""
@@ -192,13 +204,33 @@ class SocketLink(Link):
         self.sock.close()
 
 
+class _Alarm:
+    """Ends the Poller's sleep when another task has something for it."""
+
+    def __init__(self) -> None:
+        self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+
+    def ring(self) -> None:
+        os.eventfd_write(self.fd, 1)
+
+    def read(self, now: float) -> None:
+        """Be silent again."""
+        os.eventfd_read(self.fd)
+
+    def ready(self, event: int, now: float) -> None:
+        """Only input comes."""
+
+
 class Poller:
     """The one task that reads from and writes to plain sockets."""
 
     def __init__(self, broker: Broker) -> None:
         self.broker = broker
         self.epoll = select.epoll()
-        self.links: dict[int, SocketLink] = {}
+        self.links: dict[int, SocketLink | _Alarm] = {}
+        """By file descriptor, also what wakes the task."""
+        self._alarm: _Alarm | None = None
+        """While the task runs."""
         self.again: list[SocketLink] = []
         """Links that have read more than they could handle in one wake."""
 
@@ -220,10 +252,19 @@ class Poller:
             writing = 0 if link.backlog is None else select.EPOLLOUT
             self.epoll.modify(link.fd, reading | writing)
 
+    def resume_soon(self, link: SocketLink) -> None:
+        """Resume a link once everybody else has had their turn."""
+        if not self.again and self._alarm is not None:
+            self._alarm.ring()  # whoever handled its bytes need not be this task
+        self.again.append(link)
+
     async def run(self) -> None:
         """Serve until cancelled."""
         epoll, links, broker = self.epoll, self.links, self.broker
         fd = epoll.fileno()
+        self._alarm = alarm = _Alarm()
+        links[alarm.fd] = alarm
+        epoll.register(alarm.fd, EPOLLIN)
         try:
             while True:
                 if self.again:
@@ -247,6 +288,8 @@ class Poller:
         finally:
             links.clear()  # their tasks may still end them
             epoll.close()
+            self._alarm = None
+            os.close(alarm.fd)
 
 
 def take_socket(stream: trio.SocketStream) -> socket.socket:

@@ -11,12 +11,14 @@ from mqtt_trio.protocol.frames import FrameDecoder
 from mqtt_trio.server.link import CLOSE_GRACE, Link
 
 RECEIVE_SIZE: Final = 65_536
+READER_TURNS: Final = 4
+"""Rounds of all tasks in which a reader, with TLS in between, notices what has arrived."""
 
 
 class StreamLink(Link):
     """A Link with a reader and a writer task; `serve` is the client's supervising task."""
 
-    __slots__ = ("_again", "_idle", "_resumed", "_sending", "_wake", "raw", "stream")
+    __slots__ = ("_again", "_idle", "_reads", "_resumed", "_sending", "_wake", "raw", "stream")
 
     def __init__(
         self,
@@ -37,6 +39,7 @@ class StreamLink(Link):
         self._resumed = trio.Event()
         self._again = False
         """The reader is to resume the link itself."""
+        self._reads = 0
         self._sending = 0
         """Bytes that the writer has taken and the stream has not."""
 
@@ -59,6 +62,7 @@ class StreamLink(Link):
         try:
             while not self.ended:
                 if data:
+                    self._reads += 1
                     self._receive(bytes(data))
                 while self.paused and not self.ended:
                     await self._wait_for_resume()
@@ -108,12 +112,14 @@ class StreamLink(Link):
                     self.broker.flush()
         except (trio.BrokenResourceError, trio.ClosedResourceError, OSError) as exc:
             outbox.frames, self.raw, self._sending = [], [], 0
-            self.end(None, f"sending failed: {exc}")
             self._idle.set()
-            self.broker.flush()
+            self.sending_failed(f"sending failed: {exc}")
 
     def flush(self) -> None:
         """Wake the writer; a client that does not read the answers to its own packets is ended."""
+        if self.broken is not None:
+            self.outbox.frames = []
+            return
         # A message may be larger than the room it found: it alone is no reason.
         if self.outbox.room < -self.outbox.limit - self.broker.limits.maximum_packet_size:
             self.outbox.frames = []
@@ -121,6 +127,8 @@ class StreamLink(Link):
         self._wake.set()
 
     def send_raw(self, data: bytes) -> None:
+        if self.broken is not None:
+            return
         self.raw.append(data)
         self._wake.set()
 
@@ -132,12 +140,14 @@ class StreamLink(Link):
         self._again = True
         self._resumed.set()
 
-    async def has_input(self) -> bool:
+    async def read_more(self) -> bool:
         """Let the reader run first."""
-        before = self.last_packet_at
-        for _ in range(2):
+        before = self._reads
+        for _ in range(READER_TURNS):
             await trio.lowlevel.checkpoint()
-        return self.last_packet_at != before
+            if self._reads != before:
+                return True
+        return False
 
     async def drained(self) -> None:
         """Wait until the writer has nothing left."""

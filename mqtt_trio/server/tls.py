@@ -129,7 +129,8 @@ class TlsServer:
         if isinstance(stream, trio.SocketStream):
             await _look_at_first_bytes(stream)
         context = _Context(self.context)
-        secure = trio.SSLStream(stream, cast("ssl.SSLContext", context), server_side=True)
+        transport = _Transport(stream)
+        secure = trio.SSLStream(transport, cast("ssl.SSLContext", context), server_side=True)
         try:
             await secure.do_handshake()
         except (trio.BrokenResourceError, trio.ClosedResourceError) as exc:
@@ -139,7 +140,8 @@ class TlsServer:
             except (trio.BrokenResourceError, trio.ClosedResourceError):
                 pass  # it did not wait for them
             raise TlsFailure(reason) from None
-        return TlsStream(secure)
+        transport.forgiving = True
+        return TlsStream(secure, transport)
 
 
 class _Context:
@@ -158,11 +160,40 @@ class _Context:
         return b"" if self._outgoing is None else self._outgoing.read()
 
 
+class _Transport(trio.abc.Stream):
+    """What is below an SSLStream, which reads nothing more once a write failed; this one remembers the failure for
+    TlsStream, so that what the client sent before it closed can still be read."""
+
+    def __init__(self, stream: trio.abc.Stream) -> None:
+        self._stream = stream
+        self.forgiving = False
+        self.failure: trio.BrokenResourceError | None = None
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
+        return await self._stream.receive_some(max_bytes)
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        try:
+            if self.failure is None:
+                await self._stream.send_all(data)
+        except trio.BrokenResourceError as exc:
+            if not self.forgiving:
+                raise
+            self.failure = exc
+
+    async def wait_send_all_might_not_block(self) -> None:
+        await self._stream.wait_send_all_might_not_block()
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+
 class TlsStream(trio.abc.Stream):
     """A trio SSLStream whose peers may leave without close_notify, as MQTT clients do: an end is an end."""
 
-    def __init__(self, stream: trio.SSLStream[Any]) -> None:
+    def __init__(self, stream: trio.SSLStream[Any], transport: _Transport) -> None:
         self._stream = stream
+        self._transport = transport
 
     @property
     def certificate_subject(self) -> str | None:
@@ -184,6 +215,8 @@ class TlsStream(trio.abc.Stream):
         with memoryview(data) as view:
             for start in range(0, len(view), CHUNK_SIZE):
                 await self._stream.send_all(view[start : start + CHUNK_SIZE])
+                if self._transport.failure is not None:
+                    raise trio.BrokenResourceError(str(self._transport.failure)) from self._transport.failure
 
     async def wait_send_all_might_not_block(self) -> None:
         await self._stream.wait_send_all_might_not_block()

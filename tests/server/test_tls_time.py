@@ -143,7 +143,7 @@ async def test_the_farewell_of_a_frozen_peer_is_bounded(secured: Secured, autoju
     async def never(_data: object) -> None:
         await frozen.wait()
 
-    link.stream._stream.transport_stream.send_stream.send_all = never  # type: ignore[attr-defined]
+    link.stream._transport._stream.send_stream.send_all = never  # type: ignore[attr-defined]
     start = trio.current_time()
     await secured.memory.clients.shut_down()
     assert trio.current_time() - start == CLOSE_GRACE
