@@ -33,7 +33,11 @@ class Keeper:
         self.journal = broker.journal
         self.sessions: dict[int, Session] = {}
         self.groups: dict[int, ShareGroup] = {}
-        self._failing_since = 0.0
+        self.outage_since: float | None = None
+        """Monotonic instant of the first of the commits that failed, until one with messages succeeds. A store without
+        space goes on taking what needs none: that is no end of the outage, it only lets the next message try."""
+        self._brings_messages = False
+        """Whether the batch that is out does."""
 
     # Sessions
 
@@ -148,6 +152,7 @@ class Keeper:
         """Hand out what is to be committed next."""
         broker, journal = self.broker, self.journal
         batch = journal.take()
+        self._brings_messages = batch.brings_messages
         if id(journal) in broker.stopped:
             broker.resume_publishers(journal)
         return batch
@@ -155,8 +160,9 @@ class Keeper:
     def committed(self, now: float) -> None:
         """The batch that was taken is on disk: send what waited for it."""
         broker, journal = self.broker, self.journal
-        if journal.failing is not None:
-            broker.emit(OutageEnded(at=now + broker.wall_offset, system="store", duration=now - self._failing_since))
+        if self.outage_since is not None and self._brings_messages:
+            broker.emit(OutageEnded(at=now + broker.wall_offset, system="store", duration=now - self.outage_since))
+            self.outage_since = None
         broker.metrics.store_commits += 1
         for outbox in journal.committed():
             while outbox.held and outbox.held[0].number <= journal.done_number:
@@ -179,8 +185,8 @@ class Keeper:
         """The batch that was taken could not be kept: it comes again. Publishers learn now that their messages are not
         kept, everything else waits."""
         broker = self.broker
-        if self.journal.failing is None:
-            self._failing_since = now
+        if self.outage_since is None:
+            self.outage_since = now
             broker.emit(OutageBegan(at=now + broker.wall_offset, system="store", reason=reason))
         broker.metrics.store_failures += 1
         for outbox in self.journal.failed(batch, reason):

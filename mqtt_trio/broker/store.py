@@ -73,6 +73,11 @@ class Batch:
         """Whether there is nothing to commit."""
         return not any(getattr(self, name) for name in _PARTS)
 
+    @property
+    def brings_messages(self) -> bool:
+        """Whether there are messages to write: what needs space."""
+        return bool(self.deliveries or self.contents or any(row is not None for row in self.retained.values()))
+
 
 _PARTS = tuple(field.name for field in attrs.fields(Batch))
 

@@ -106,7 +106,8 @@ class Storage:
             if self._quiet.is_set():  # else `stop` may be waiting for this one
                 self._quiet = trio.Event()
             if await self._commit():
-                delay = RETRY_FIRST
+                if self.broker.keeper.outage_since is None:
+                    delay = RETRY_FIRST
             else:
                 await trio.sleep(delay)
                 delay = min(2 * delay, RETRY_LAST)
@@ -118,16 +119,17 @@ class Storage:
         try:
             await self._run_sync(lambda: self.store.commit(batch))
         except StoreError as exc:
-            if broker.journal.failing is None:
+            if broker.keeper.outage_since is None:
                 refused = "QoS 1 and 2 messages that need the store are refused until it takes them again"
                 logger.error("%s; %s", exc, refused)  # noqa: TRY400 (the text says all)
             broker.keeper.failed(batch, str(exc), trio.current_time())
             return False
         finally:
             broker.flush()
-        if broker.journal.failing is not None:
-            logger.warning("the store takes changes again")
+        before = broker.keeper.outage_since
         broker.keeper.committed(trio.current_time())
+        if before is not None and broker.keeper.outage_since is None:
+            logger.warning("the store takes messages again")
         broker.flush()
         return True
 
