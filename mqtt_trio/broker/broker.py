@@ -98,7 +98,7 @@ class Broker:
         self.journal = journal or Journal(keeps=False)
         """What the store is told."""
         self.router: Router[Session | ShareGroup] = Router()
-        self.retained = RetainedMessages(limits.retained_messages)
+        self.retained = RetainedMessages(limits.retained_messages, limits.retained_bytes)
         self.taps: list[Tap] = []
         self.touched: list[Outbox] = []
         self.stopped: set[int] = set()
@@ -345,6 +345,15 @@ class Broker:
         else:
             self.journal.hold(link.outbox).replies.append(link.connection.encode(packet))
 
+    def _must_wait(self, link: ClientLink) -> bool:
+        """Whether as many SUBACKs and UNSUBACKs wait for the store as Receive Maximum allows acknowledgements; then the
+        client is paused."""
+        held = link.outbox.held
+        if not held or len(held[-1].replies) < self.limits.receive_maximum:
+            return False
+        self.stall(link)
+        return True
+
     def _puback(self, link: ClientLink, session: Session, packet: Packet, now: float) -> bool:
         assert isinstance(packet, PubAck)
         self.sender.acknowledged(session, packet.packet_id, PacketType.PUBACK, now)
@@ -373,6 +382,8 @@ class Broker:
 
     def _subscribe(self, link: ClientLink, session: Session, packet: Packet, now: float) -> bool:
         assert isinstance(packet, Subscribe)
+        if self._must_wait(link):
+            return False
         codes: list[ReasonCode] = []
         wanted: list[SubscriptionOptions] = []
         shared = False
@@ -408,7 +419,11 @@ class Broker:
         share_name, inner_filter = split_shared(topic_filter)
         if inner_filter.count("/") >= self.limits.topic_levels:
             return ReasonCode.TOPIC_FILTER_INVALID, False
-        if is_new and len(session.subscriptions) >= self.limits.subscriptions_per_client:
+        if is_new and (
+            len(session.subscriptions) >= self.limits.subscriptions_per_client
+            or self.metrics.subscriptions >= self.limits.subscriptions
+        ):
+            self.metrics.subscriptions_refused += 1
             return ReasonCode.QUOTA_EXCEEDED, False
         if not self.authorizer.may_subscribe(self.principal(session), inner_filter):
             return ReasonCode.NOT_AUTHORIZED, False
@@ -435,6 +450,8 @@ class Broker:
 
     def _unsubscribe(self, link: ClientLink, session: Session, packet: Packet, now: float) -> bool:
         assert isinstance(packet, Unsubscribe)
+        if self._must_wait(link):
+            return False
         codes = []
         for topic_filter in packet.topic_filters:
             if session.subscriptions.pop(topic_filter, None) is None:

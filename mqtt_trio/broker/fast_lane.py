@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 ROUTES_PER_CLIENT: Final = 4096
 """Topics in one client's route cache; a client with more starts its cache again."""
+ROUTE_SIZE: Final = 512
+"""Bytes of the longest Topic Name that is put there; longer ones always go the full path."""
 
 
 class FastLane:
@@ -58,9 +60,12 @@ class FastLane:
 
     def learn(self, topic_name: str, audience: Audience) -> None:
         """Remember where the full path, after all its checks, delivered a message of this client to."""
+        name = topic_name.encode()
+        if len(name) > ROUTE_SIZE:
+            return
         if len(self.routes) >= ROUTES_PER_CLIENT:
             self.routes.clear()
-        self.routes[topic_name.encode()] = audience
+        self.routes[name] = audience
 
     def handle(self, data: bytes, pos: int, now: float) -> int:
         """Handle packets of `data` from `pos` on; return where the first one begins that is left to the full path."""

@@ -103,11 +103,14 @@ class Inbound:
         """Keep or remove the retained message of a topic [MQTT5-3.3.1-5], [MQTT5-3.3.1-6]."""
         broker = self.broker
         retained = broker.retained
+        before = retained.get(message.topic_name)
         kept = retained.set(message)
         if not kept and retained.drop_expired(message.published_at):
             kept = retained.set(message)  # expired ones were in the way
         if kept and broker.journal.keeps:
             broker.keeper.retained(message)
+        elif before is not None and not kept:
+            broker.keeper.retained_gone(message.topic_name)
         broker.metrics.retained_refused += not kept
         broker.metrics.retained_messages = len(broker.retained)
 

@@ -278,6 +278,7 @@ class Journal:
         self.batch = batch
         self.size = sum(ROW_SIZE + len(row[8] or b"") for row in batch.deliveries.values())
         self.size += sum(ROW_SIZE + len(frame) for frame in batch.contents.values())
+        self.size += sum(ROW_SIZE + len(row[1]) for row in batch.retained.values() if row is not None)
         return [outbox for _, outboxes in self._waiting for outbox in outboxes]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mqtt_trio.broker.events import OutageBegan, OutageEnded
-from mqtt_trio.broker.journal import AGAIN, RELEASED, RETAIN, TURN, Held, frame_of, positive
+from mqtt_trio.broker.journal import AGAIN, RELEASED, RETAIN, ROW_SIZE, TURN, Held, frame_of, positive
 from mqtt_trio.broker.message import Message
 from mqtt_trio.broker.queues import MessageQueue
 from mqtt_trio.broker.router import SubscriptionOptions
@@ -95,6 +95,7 @@ class Keeper:
         byte = options.qos | options.no_local << 2 | options.retain_as_published << 3 | options.retain_handling << 4
         key = (session.number, options.topic_filter)
         self.journal.batch.subscriptions[key] = (*key, byte, options.subscription_identifier)
+        self.journal.size += ROW_SIZE + len(options.topic_filter)
         self.journal.dirty = True
 
     def unsubscribed(self, session: Session, topic_filter: str) -> None:
@@ -137,11 +138,12 @@ class Keeper:
         row = None
         if message.payload:
             row = (message.topic_name, frame_of(message), message.client_id, message.published_at)
+            self.journal.size += ROW_SIZE + len(row[1])
         self.journal.batch.retained[message.topic_name] = row
         self.journal.dirty = True
 
     def retained_gone(self, topic_name: str) -> None:
-        """A retained message has expired."""
+        """A retained message has expired, or had to go."""
         if self.journal.keeps and not is_system_topic(topic_name):
             self.journal.batch.retained[topic_name] = None
             self.journal.dirty = True
@@ -191,13 +193,14 @@ class Keeper:
         broker.metrics.store_failures += 1
         for outbox in self.journal.failed(batch, reason):
             self._answer_all(outbox)
-            if outbox.session is not None and outbox.session.link is not None:
-                broker.unstall(outbox.session.link)
             for held in outbox.held:
                 replies, held.replies = held.replies, []
                 if replies and outbox.session is not None:
                     outbox.put(b"".join(replies))
                     broker.metrics.packets_sent += len(replies)
+            # Behind all of its answers: what it sent meanwhile is answered after them.
+            if outbox.session is not None and outbox.session.link is not None:
+                broker.unstall(outbox.session.link)
 
     def _answer_all(self, outbox: Outbox) -> None:
         """Give the answers that waited for what could not be kept, in order."""

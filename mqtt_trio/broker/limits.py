@@ -41,8 +41,13 @@ class Limits:
     disconnected."""
     retained_messages: int = attrs.field(default=1_000_000, validator=ge(0))
     """Retained messages of the node. Outcome: a new retained message is delivered, not retained."""
+    retained_bytes: int = attrs.field(default=1024 * 1024 * 1024, validator=ge(0))
+    """Bytes of the retained messages of the node. Outcome: a new retained message is delivered, not retained, and the
+    one that it was to replace is removed."""
     subscriptions_per_client: int = attrs.field(default=10_000, validator=ge(1))
-    """Subscriptions of one session. Outcome: SUBACK 0x97."""
+    """Subscriptions of one session. Outcome: SUBACK 0x97 (3.1.1: 0x80)."""
+    subscriptions: int = attrs.field(default=10_000_000, validator=ge(1))
+    """Subscriptions of the node. Outcome: SUBACK 0x97 (3.1.1: 0x80)."""
     session_expiry_interval: int = attrs.field(default=7 * 24 * 3600, validator=[ge(0), le(0xFFFF_FFFF)])
     """Seconds that a disconnected session is kept at most, also for 3.x clients with Clean Session 0."""
     keep_alive: int = attrs.field(default=0, validator=[ge(0), le(65_535)])

@@ -93,9 +93,13 @@ class Metrics:
     """Messages that a tap (archive, bus, gateway) refused, so that nobody got them."""
     retained_refused: int = 0
     """Messages delivered but not retained because the store of retained messages was full."""
+    subscriptions_refused: int = 0
+    """Subscriptions refused because their client, or the node, had as many as it may."""
 
     protocol_errors: int = 0
     """Connections ended because the client broke the specification."""
+    answers_unread: int = 0
+    """Connections ended because the client did not read the answers to its own packets."""
     keep_alive_timeouts: int = 0
     """Connections ended because the client was silent for 1.5 times its Keep Alive."""
     publishers_paused: int = 0

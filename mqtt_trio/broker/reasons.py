@@ -30,6 +30,8 @@ def why_not_subscribed(codes: Iterable[ReasonCode], limits: Limits) -> str | Non
     meanings = {
         ReasonCode.NOT_AUTHORIZED: "this client may not subscribe to this Topic Filter",
         ReasonCode.TOPIC_FILTER_INVALID: f"a Topic Filter has {limits.topic_levels} levels at most",
-        ReasonCode.QUOTA_EXCEEDED: f"a client has {limits.subscriptions_per_client} subscriptions at most",
+        ReasonCode.QUOTA_EXCEEDED: (
+            f"a client has {limits.subscriptions_per_client} subscriptions at most, the server {limits.subscriptions}"
+        ),
     }
     return "; ".join(dict.fromkeys(meanings[code] for code in codes if code in meanings)) or None

@@ -38,6 +38,8 @@ class Recovery:
         self._groups_by_name: dict[str, ShareGroup] = {}
         self.unreadable = 0
         """Rows that cannot be what was written; they are left out, and counted in one message."""
+        self.beyond_limits = 0
+        """Retained messages for which [Limits] leave no room any more. They stay in the store."""
         self._last: tuple[bytes | None, int, Message | None] = (None, 0, None)
 
     def run(self) -> None:
@@ -71,8 +73,8 @@ class Recovery:
         expires_at = message.expires_at
         if expires_at is not None and expires_at <= self.now + broker.wall_offset:
             broker.keeper.retained_gone(row[0])
-        else:
-            broker.retained.set(message)
+        elif not broker.retained.set(message):
+            self.beyond_limits += 1
         broker.metrics.retained_messages = len(broker.retained)
 
     def _message(self, frame: bytes, version: int, published_at: float, client_id: str = "") -> Message | None:
@@ -180,6 +182,12 @@ class Recovery:
                 broker.keeper.group_ended(group)
                 broker.metrics.messages_queued -= group.queue.drop_all()
         connections.run_deadlines(self.now)
+        broker.metrics.retained_refused += self.beyond_limits
+        if self.beyond_limits:
+            logger.warning(
+                "%d retained messages are left in the store: RetainedMessages or RetainedBytes of [Limits] is reached",
+                self.beyond_limits,
+            )
         if self.unreadable:
             logger.warning("%d messages in the store cannot be read and are left out", self.unreadable)
 

@@ -24,10 +24,11 @@ class _Node:
 
 
 class RetainedMessages:
-    """At most `maximum` retained messages, one per Topic Name."""
+    """At most `maximum` retained messages of `maximum_size` bytes in all, one per Topic Name."""
 
-    def __init__(self, maximum: int) -> None:
+    def __init__(self, maximum: int, maximum_size: float = float("inf")) -> None:
         self.maximum = maximum
+        self.maximum_size = maximum_size
         self.size = 0
         """Bytes of all of them, as `Message.size` counts."""
         self.visited = 0
@@ -50,13 +51,17 @@ class RetainedMessages:
         kept itself [MQTT5-3.3.1-6], [MQTT5-3.3.1-7].
 
         Returns:
-          False when the topic is a new one and there is no room: nothing changed.
+          False when there is no room for it. A message that it was to replace is gone then: nobody gets an old one
+          for a new one.
         """
         topic_name = message.topic_name
         if not message.payload:
             self.remove(topic_name)
             return True
         old = self._messages.get(topic_name)
+        if self.size - (old.size if old is not None else 0) + message.size > self.maximum_size:
+            self.remove(topic_name)
+            return False
         if old is not None:
             self.size -= old.size
         elif len(self._messages) >= self.maximum:

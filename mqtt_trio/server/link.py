@@ -312,6 +312,12 @@ class Link:
             metrics.keep_alive_timeouts += 1
             self.end(ReasonCode.KEEP_ALIVE_TIMEOUT, "silent for 1.5 times its Keep Alive")
 
+    def end_unread(self) -> None:
+        """End a client that does not read the answers to its own packets."""
+        if not self.ended:
+            self.broker.metrics.answers_unread += 1
+            self.end(None, "the client does not read the answers to its own packets")
+
     def failed(self, exc: Exception) -> None:
         """Our own error while this client's bytes were handled: it ends this client and nobody else."""
         self._log_failure(exc)

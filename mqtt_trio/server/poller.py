@@ -104,7 +104,9 @@ class SocketLink(Link):
     def _bound_backlog(self) -> None:
         bound = BACKLOG_FACTOR * self.outbox.limit + RECEIVE_SIZE + self.broker.limits.maximum_packet_size
         if self.backlog is not None and len(self.backlog) > bound:
-            self._give_up("the client does not read the answers to its own packets")
+            self._send_no_more()
+            self.end_unread()
+            self.outbox.frames = []
 
     def _give_up(self, text: str) -> None:
         """Nothing can or may be sent any more, and nothing is there to be read."""

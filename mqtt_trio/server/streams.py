@@ -106,7 +106,7 @@ class StreamLink(Link):
                 await self.stream.send_all(data)
                 self.broker.metrics.bytes_sent += len(data)
                 self._sending = 0
-                outbox.room = outbox.limit - sum(map(len, outbox.frames))
+                outbox.room = outbox.limit - sum(map(len, outbox.frames)) - sum(map(len, self.raw))
                 if outbox.starved and not self.ended:
                     self.broker.has_room(outbox, trio.current_time())
                     self.broker.flush()
@@ -122,15 +122,16 @@ class StreamLink(Link):
             return
         # A message may be larger than the room it found: it alone is no reason.
         if self.outbox.room < -self.outbox.limit - self.broker.limits.maximum_packet_size:
-            self.outbox.frames = []
-            self.end(None, "the client does not read the answers to its own packets")
+            self.outbox.frames, self.raw = [], []
+            self.end_unread()
         self._wake.set()
 
     def send_raw(self, data: bytes) -> None:
         if self.broken is not None:
             return
         self.raw.append(data)
-        self._wake.set()
+        self.outbox.room -= len(data)
+        self.flush()
 
     def reading_changed(self) -> None:
         if self.ended or not self.paused:

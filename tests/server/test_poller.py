@@ -231,6 +231,7 @@ async def test_a_client_that_never_reads_its_answers_is_ended() -> None:
             await ask_for_ever()
         while served.clients.links:
             await trio.lowlevel.checkpoint()
+        assert served.broker.metrics.answers_unread == 1
         assert served.broker.metrics.clients_connected == 0
 
 

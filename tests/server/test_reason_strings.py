@@ -103,7 +103,7 @@ REFUSALS: list[tuple[Packet, Packet]] = [
         SubAck(
             9,
             (N.GRANTED_QOS_1, N.GRANTED_QOS_1, N.QUOTA_EXCEEDED, N.QUOTA_EXCEEDED, N.GRANTED_QOS_1, N.QUOTA_EXCEEDED),
-            "a client has 2 subscriptions at most",
+            "a client has 2 subscriptions at most, the server 10000000",
         ),
     ),
     (
