@@ -33,6 +33,11 @@ class Keeper:
         self.journal = broker.journal
         self.sessions: dict[int, Session] = {}
         self.groups: dict[int, ShareGroup] = {}
+        self._refused: dict[Session, None] = {}
+        """3.x publishers of what could not be kept. While a failure is dealt with."""
+        self._withdrawn: dict[int, tuple[MessageQueue, set[Number], set[Number]]] = {}
+        """Of each queue with withdrawn deliveries: what waited there, and which of it goes. While a failure is dealt
+        with."""
         self.outage_since: float | None = None
         """Monotonic instant of the first of the commits that failed, until one with messages succeeds. A store without
         space goes on taking what needs none: that is no end of the outage, it only lets the next message try."""
@@ -191,8 +196,15 @@ class Keeper:
             self.outage_since = now
             broker.emit(OutageBegan(at=now + broker.wall_offset, system="store", reason=reason))
         broker.metrics.store_failures += 1
-        for outbox in self.journal.failed(batch, reason):
+        outboxes = self.journal.failed(batch, reason)
+        for outbox in outboxes:
             self._answer_all(outbox)
+        self._empty_queues()
+        refused, self._refused = self._refused, {}
+        for session in refused:
+            if session.link is not None:
+                session.link.end(REFUSAL, f"messages cannot be stored: {reason}")
+        for outbox in outboxes:
             for held in outbox.held:
                 replies, held.replies = held.replies, []
                 if replies and outbox.session is not None:
@@ -243,7 +255,10 @@ class Keeper:
         session = outbox.session
         if session is not None and session.link is not None:
             self.broker.metrics.refused_by_store += 1
-            self.refuse(session, qos, packet_id)
+            if session.link.connection.protocol_version == ProtocolVersion.MQTT_5_0:
+                self.refuse(session, qos, packet_id)
+            else:
+                self._refused[session] = None  # ended once nothing that was withdrawn is in a queue any more
 
     def _put_answer(self, outbox: Outbox, frame: bytes) -> None:
         if outbox.session is not None:
@@ -280,13 +295,30 @@ class Keeper:
             if session.outbox is not None:
                 for held in session.outbox.held:
                     session.outbox.held_size -= len(held.publishes.pop(packet_id, b""))
-        elif queue is not None and queue.withdraw(number):
-            self.broker.metrics.messages_queued -= 1
+        elif queue is not None and self._mark(queue, number):
+            pass
         else:
             if group is not None:
                 self._leave_with_member(group, number)
             return
         self.journal.done(number)
+
+    def _mark(self, queue: MessageQueue, number: Number) -> bool:
+        """Have `_empty_queues` take a delivery out of a queue; False when it is not there."""
+        found = self._withdrawn.get(id(queue))
+        if found is None:
+            found = self._withdrawn[id(queue)] = (queue, {delivery.number for delivery in queue}, set())
+        _, waiting, gone = found
+        if number not in waiting:
+            return False
+        gone.add(number)
+        return True
+
+    def _empty_queues(self) -> None:
+        """Take what was withdrawn out of its queues, each of which is looked through once."""
+        for queue, _, gone in self._withdrawn.values():
+            self.broker.metrics.messages_queued -= queue.withdraw(gone)
+        self._withdrawn.clear()
 
     def _leave_with_member(self, group: ShareGroup, number: Number) -> None:
         """A member was sent a message of its group at QoS 1: it may complete that, but nobody else gets the message,

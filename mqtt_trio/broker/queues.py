@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import TYPE_CHECKING
 
 import attrs
@@ -98,16 +98,14 @@ class MessageQueue(deque["Delivery"]):
             if (at := delivery.message.expires_at) is not None:
                 self.expires_at = min(self.expires_at, at)
 
-    def withdraw(self, number: int) -> bool:
-        """Remove the delivery with this number of its row in the store, one of the newest; say whether it was there."""
-        for at in range(len(self) - 1, -1, -1):
-            found = self[at].number
-            if found == number:
-                self.take_at(at)
-                return True
-            if 0 < found < number:
-                return False
-        return False
+    def withdraw(self, numbers: Container[int]) -> int:
+        """Remove the deliveries with these numbers of their rows in the store; return how many there were."""
+        kept = [delivery for delivery in self if delivery.number not in numbers]
+        count = len(self) - len(kept)
+        self.clear()
+        self.extend(kept)
+        self.size = sum(delivery.message.size for delivery in kept)
+        return count
 
     def drop_all(self) -> int:
         """Empty the queue; return how many messages that were."""
