@@ -78,6 +78,8 @@ class Client:
         self.talks = 0
         self.has_session = False
         """A CONNACK came once, so the server has our session."""
+        self.is_sure = False
+        """Something was confirmed, and the store had it: the session is there from then on, whatever is killed."""
         self.kills = 0
         """How often the broker had been killed when the last CONNACK came."""
         self.starts_clean = False
@@ -144,19 +146,22 @@ class Client:
         if talk.clean:
             self.subscriber.ends()
         self.note("CONNECT" if receive_maximum is None else f"CONNECT, Receive Maximum {receive_maximum}")
-        connection.send(
-            write_connect(
-                habits.v5,
-                self.name,
-                habits.keep_alive,
-                receive_maximum,
-                habits.topic_alias_maximum,
-                clean=talk.clean,
-                lasts=habits.lasts,
-            )
-        )
+        connection.send(self.connect_packet(talk))
         if habits.mean_life != float("inf") and self.world.now < CALM_AT:
             self.later(self.rng.expovariate(1 / habits.mean_life), self._end, talk)
+
+    def connect_packet(self, talk: Talk) -> bytes:
+        """Make the CONNECT of a new connection."""
+        habits = self.habits
+        return write_connect(
+            habits.v5,
+            self.name,
+            habits.keep_alive,
+            talk.receive_maximum,
+            habits.topic_alias_maximum,
+            clean=talk.clean,
+            lasts=habits.lasts,
+        )
 
     def _end(self, talk: Talk) -> None:
         """The end of a connection, in one of many ways."""
@@ -242,7 +247,7 @@ class Client:
             self.receiver.session_ended()
             self.starts_clean = False
         elif present != 1 and self.has_session:
-            if self.kills == talk.connection.kills or self.subscriber.confirmed:
+            if self.kills == talk.connection.kills or self.is_sure:
                 self.complain("the session is gone [MQTT5-3.1.2-5]")
             self._begin_anew()
         if present and self.talks == 1:

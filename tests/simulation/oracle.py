@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 
 import attrs
@@ -118,7 +118,7 @@ def _judge_debts(client: str, interest: Interest, history: History) -> Iterator[
             yield Violation("lost", client, text, message.flow)
 
 
-def judge_retained(messages: list[Message], retained: dict[str, bytes]) -> Iterator[Violation]:
+def judge_retained(messages: list[Message], retained: Mapping[str, bytes]) -> Iterator[Violation]:
     """Look at what is retained in the end: of each topic, which has one publisher and one QoS, the last message that
     was acknowledged, or one behind it that was refused, which may have been too late."""
     for topic_name in sorted({message.topic_name for message in messages if message.retain}):

@@ -153,7 +153,7 @@ class Receiver:
     def _look(self, arrived: Arrived, connection: Connection) -> None:
         """Complain about a PUBLISH that may not be written now, whatever becomes of it."""
         client, packet_id = self.client, arrived.packet_id
-        name = f"PUBLISH {packet_id} {arrived.payload!r}"
+        name = f"PUBLISH {packet_id} {arrived.payload[:40]!r}"
         if not arrived.dup:
             client.subscriber.interest.first_sent[arrived.payload] += 1
         if arrived.qos == 0:
@@ -174,7 +174,7 @@ class Receiver:
     def _look_at_repeat(self, arrived: Arrived, written: Written | None, connection: Connection) -> None:
         """Complain about a PUBLISH with DUP that may not be written now."""
         client, packet_id = self.client, arrived.packet_id
-        name = f"PUBLISH {packet_id} {arrived.payload!r}"
+        name = f"PUBLISH {packet_id} {arrived.payload[:40]!r}"
         client.history.counts["DUP"] += 1
         other = written is None or written.payload != arrived.payload
         known = written is not None and not other and written.kills == connection.kills

@@ -37,8 +37,6 @@ class Subscriber:
         if plan.filters:
             self.requests.append(Request(True, list(plan.filters)))
         self._packet_id = 100
-        self.confirmed = False
-        """A subscription was confirmed, and the store had it: the session is there from then on."""
         self._subscribed: dict[str, None] = {}
         """What was confirmed last, in order."""
         self._early: list[tuple[Request, int]] = []
@@ -123,7 +121,7 @@ class Subscriber:
         if client.world.outages:
             self._early.append((request, client.world.commits))
         else:
-            self.confirmed = True
+            client.is_sure = True
         for topic_filter in request.filters:
             self._subscribed.pop(topic_filter, None)
             if request.wanted:

@@ -1,0 +1,71 @@
+"""`mqtt-trio` with faults that only a crash shows, for the test that the ledger finds them:
+
+python tests/ledger/planted_broker.py FAULT[,FAULT...] serve ...
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import attrs
+import trio
+
+from mqtt_trio.__main__ import main
+from mqtt_trio.broker.keeper import Keeper
+from mqtt_trio.server.sqlite_store import SqliteStore
+from mqtt_trio.server.storage import Storage
+
+
+def acknowledge_early() -> None:
+    """Everything that waits for the store goes as soon as the store is asked."""
+    commit = Storage._commit
+
+    async def early(self: Storage) -> bool:
+        journal = self.broker.journal
+        journal.number += 1
+        self.broker.keeper.committed(trio.current_time())
+        journal.number -= 1
+        self.broker.flush()
+        await trio.sleep(0.01)  # a slow disk
+        return await commit(self)
+
+    Storage._commit = early  # type: ignore[method-assign]
+
+
+def forget_received() -> None:
+    """The store is not told which QoS 2 messages of publishers it has."""
+
+    def received(self: Keeper, session: Any, packet_id: int, present: bool) -> None:
+        self.journal.dirty = True
+
+    Keeper.received = received  # type: ignore[method-assign]
+
+
+def load_backwards() -> None:
+    """What waits in the store comes in the wrong order."""
+    load = SqliteStore.load
+
+    def backwards(self: SqliteStore) -> Any:
+        state = load(self)
+        return attrs.evolve(state, deliveries=state.deliveries[::-1])
+
+    SqliteStore.load = backwards  # type: ignore[method-assign]
+
+
+def forget_retained() -> None:
+    """The store is not told of retained messages."""
+    Keeper.retained = lambda self, message: None  # type: ignore[method-assign]
+
+
+FAULTS = {
+    "acknowledge-early": acknowledge_early,
+    "forget-received": forget_received,
+    "load-backwards": load_backwards,
+    "forget-retained": forget_retained,
+}
+
+if __name__ == "__main__":
+    for fault in sys.argv[1].split(","):
+        FAULTS[fault]()
+    sys.exit(main(sys.argv[2:]))
