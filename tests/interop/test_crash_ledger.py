@@ -53,7 +53,7 @@ def test_nothing_acknowledged_is_lost_doubled_or_out_of_order(tmp_path: Path) ->
 )
 def test_planted_faults_are_found(tmp_path: Path, faults: str, found: set[tuple[str, str]]) -> None:
     broker = f"{sys.executable} {PLANTED} {faults}"
-    load = ("--kills", "8", "--rate", "1000", "--seed", "3", "--directory", str(tmp_path))
+    load = ("--kills", "6", "--rate", "1000", "--seed", "3", "--directory", str(tmp_path))
     code, table = figures(tmp_path / "figures.json", "--broker", broker, *load)
     assert code == 1
     assert found <= {(violation["kind"], violation["client"].split("-")[0]) for violation in table["violations"]}

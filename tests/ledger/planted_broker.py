@@ -6,15 +6,20 @@ python tests/ledger/planted_broker.py FAULT[,FAULT...] serve ...
 from __future__ import annotations
 
 import sys
-from typing import Any
+import time
+from typing import Any, Final
 
 import attrs
 import trio
 
 from mqtt_trio.__main__ import main
 from mqtt_trio.broker.keeper import Keeper
+from mqtt_trio.broker.store import Batch
 from mqtt_trio.server.sqlite_store import SqliteStore
 from mqtt_trio.server.storage import Storage
+
+SLOW: Final = 0.05
+"""Seconds that a commit takes longer, so that most kills meet one."""
 
 
 def acknowledge_early() -> None:
@@ -27,7 +32,7 @@ def acknowledge_early() -> None:
         self.broker.keeper.committed(trio.current_time())
         journal.number -= 1
         self.broker.flush()
-        await trio.sleep(0.01)  # a slow disk
+        await trio.sleep(SLOW)
         return await commit(self)
 
     Storage._commit = early  # type: ignore[method-assign]
@@ -39,6 +44,13 @@ def forget_received() -> None:
     def received(self: Keeper, session: Any, packet_id: int, present: bool) -> None:
         self.journal.dirty = True
 
+    commit = SqliteStore.commit
+
+    def commit_slowly(self: SqliteStore, batch: Batch) -> None:
+        commit(self, batch)
+        time.sleep(SLOW)  # it is on disk and nobody knows: PUBRECs are lost by a kill
+
+    SqliteStore.commit = commit_slowly  # type: ignore[method-assign]
     Keeper.received = received  # type: ignore[method-assign]
 
 
