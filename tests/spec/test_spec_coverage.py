@@ -46,17 +46,24 @@ def test_comments_cite_statements_that_exist(folder: str) -> None:
     assert sorted(entry for entry in cited if entry[1] not in known) == []
 
 
-def test_marks_cite_statements_that_exist() -> None:
-    done = run()
-    assert done.returncode in (0, 1), done.stderr
-    assert [line for line in done.stderr.splitlines() if not line.startswith("no test asserts")] == []
+@pytest.fixture(scope="module")
+def whole() -> subprocess.CompletedProcess[str]:
+    """One run of the script for the tests that look at all it says: collecting takes seconds."""
+    return run()
 
 
-def test_every_statement_has_a_test_or_a_reason() -> None:
-    """What keeps the table whole: no empty row, few reasons, none beside a test."""
-    done = run("--empty")
-    assert done.stderr.splitlines() == []
-    assert done.returncode == 0, done.stdout
+STALE = "docs/conformance.md is not "
+
+
+def test_every_statement_has_a_test_or_a_reason(whole: subprocess.CompletedProcess[str]) -> None:
+    """What keeps the table whole: no unknown statement, no empty row, few reasons, none beside a test."""
+    assert whole.returncode in (0, 1), whole.stderr
+    assert [line for line in whole.stderr.splitlines() if not line.startswith(STALE)] == []
+
+
+def test_the_page_is_what_the_script_writes(whole: subprocess.CompletedProcess[str]) -> None:
+    """It says itself what to do about it: scripts/spec_coverage --markdown."""
+    assert [line for line in whole.stderr.splitlines() if line.startswith(STALE)] == []
 
 
 def test_one_version_only() -> None:
@@ -127,11 +134,51 @@ def test_a_reason_for_nothing_fails(script: ModuleType) -> None:
     assert found(script, untested=0, reasons={row(99): "why"}) == [f"unknown statement {row(99)} has a reason"]
 
 
-def test_what_is_found_is_the_exit_code(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def citations(script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, list[str]]:
+    """What the tests cite, as the script believes it finds them; its page is in a folder of its own."""
     citations = {clause: ["tests/a.py::test"] for clause in ROWS}
     monkeypatch.setattr(script, "load", lambda version: script.Table(version, ROWS if version == 3 else {}, {}))
     monkeypatch.setattr(script, "collect", lambda: citations)
+    monkeypatch.setattr(script, "PAGE", tmp_path / "conformance.md")
+    return citations
+
+
+def test_what_is_found_is_the_exit_code(script: ModuleType, citations: dict[str, list[str]]) -> None:
+    assert script.main(["--markdown"]) == 0
     assert script.main([]) == 0
     del citations[row(40)]
     assert script.main([]) == 1
     assert script.main(["--version", "5"]) == 0
+
+
+def test_a_page_that_is_old_or_missing_fails(
+    script: ModuleType, citations: dict[str, list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert script.main([]) == 1
+    assert script.main(["--markdown"]) == 0
+    assert f"| {row(1).partition('-')[2]} | statement 1 | `a` test |\n" in script.PAGE.read_text()
+    citations[row(1)] = ["tests/b/c.py::test_two", "tests/a.py::test", "tests/b/c.py::test_one"]
+    capsys.readouterr()
+    assert script.main([]) == 1
+    assert capsys.readouterr().err.startswith(STALE)
+    assert script.main(["--markdown"]) == 0
+    assert "| `a` test; `b/c` test_one, test_two |" in script.PAGE.read_text()
+    citations[row(1)].reverse()  # tests that were only moved
+    assert script.main([]) == 0
+
+
+def test_the_page_is_not_written_by_halves(script: ModuleType) -> None:
+    with pytest.raises(SystemExit) as caught:
+        script.main(["--markdown", "--version", "5"])
+    assert caught.value.code == 2
+
+
+def test_without_the_packages_of_the_tests_the_mend_is_named(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in a clone that only ran scripts/run, whose environment has no `dev`."""
+    monkeypatch.setitem(sys.modules, "hypothesis", None)
+    monkeypatch.setitem(sys.modules, "pytest", None)
+    assert script.main([]) == 2
+    assert re.search("has no hypothesis, pytest; scripts/check installs", capsys.readouterr().err)
