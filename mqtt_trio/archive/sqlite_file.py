@@ -112,6 +112,15 @@ def cost_of(message: Message) -> int:
     return size if size < PAGE // 4 else size + PAGE  # a row that spills over has pages of its own
 
 
+def create_private(path: Path) -> None:
+    """Make an empty file that only its owner may read, 0600, where there is none: the messages in it are nobody else's.
+    SQLite takes it for a new database and gives its log the same mode. One that is there keeps its mode."""
+    try:
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    except OSError:
+        pass  # it is there; or it cannot be made, which SQLite reports
+
+
 class ArchiveFile:
     """An open file.
 
@@ -127,6 +136,7 @@ class ArchiveFile:
         self._reserve = LOG_RESERVE if max_size is None else min(max_size // 4, LOG_RESERVE)
         self._budget = min(self._reserve // 2, LOG_LIMIT)
         self._limit = self._delete_rows = self._page = 0  # known once the file is open
+        create_private(path)
         self._db = sqlite3.connect(path, timeout=1.0, isolation_level=None, check_same_thread=False)
         try:
             self._prepare(synchronous)

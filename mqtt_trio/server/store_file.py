@@ -12,6 +12,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Final
 
+from mqtt_trio.archive.sqlite_file import create_private
 from mqtt_trio.errors import StoreError
 from mqtt_trio.server.store_rows import SCHEMA, TABLES
 
@@ -94,7 +95,7 @@ def lock_file(path: Path) -> int:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
+        descriptor = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as exc:
         raise store_error(path, exc, f"cannot be locked ({path}.lock)") from exc
     try:
@@ -123,8 +124,9 @@ def connect(path: Path, *, synchronous: str) -> sqlite3.Connection:
     frames = committed_frames(f"{path}-wal")
     if frames and (not path.exists() or not path.stat().st_size):
         os.replace(f"{path}-wal", log_aside(path))  # SQLite would delete it
-        path.touch()
+        create_private(path)
         raise UnusableFileError("it is empty and its write-ahead log is not", ours=True)
+    create_private(path)
     # check_same_thread: the thread that loads need not be the one that commits; there is one at a time.
     db = sqlite3.connect(path, timeout=1.0, isolation_level=None, check_same_thread=False, cached_statements=256)
     try:

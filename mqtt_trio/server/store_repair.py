@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
+from mqtt_trio.archive.sqlite_file import create_private
 from mqtt_trio.broker.store import Batch, StoredState
 from mqtt_trio.errors import StoreError
 from mqtt_trio.server.store_file import PAGE, UnusableFileError, connect, decode_text, log_aside, store_error
@@ -138,9 +139,11 @@ def _salvage(path: Path) -> Contents:
 
 def _copy(path: Path, copy: Path) -> None:
     _discard(copy)
+    create_private(copy)
     shutil.copyfile(path, copy)
     for log in (Path(f"{path}-wal"), log_aside(path)):
         if log.exists():
+            create_private(Path(f"{copy}-wal"))
             shutil.copyfile(log, f"{copy}-wal")
 
 

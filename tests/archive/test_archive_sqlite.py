@@ -131,6 +131,26 @@ def test_file_names_are_safe_and_distinct(tmp_path: Path) -> None:
         path.touch()
 
 
+def mode_of(path: Path) -> int:
+    return path.stat().st_mode & 0o777
+
+
+async def test_new_files_are_their_owners(tmp_path: Path) -> None:
+    path = tmp_path / "a.sqlite3"
+    before = os.umask(0)
+    try:
+        async with running(SqliteArchive(path)) as store:
+            assert await store_all(store, SAMPLES) == {}
+            modes = {name.removeprefix(path.name): mode_of(tmp_path / name) for name in os.listdir(tmp_path)}
+    finally:
+        os.umask(before)
+    assert modes == dict.fromkeys(("", "-wal", "-shm"), 0o600)
+    path.chmod(0o640)
+    async with running(SqliteArchive(path)) as store:
+        assert await store_all(store, SAMPLES) == {}
+    assert mode_of(path) == 0o640, "one that is there keeps its mode"
+
+
 async def test_rows_are_readable_with_the_sqlite3_shell(tmp_path: Path) -> None:
     path = archive_path(tmp_path, "Default")
     async with running(SqliteArchive(path)) as store:
