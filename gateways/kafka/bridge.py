@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -45,8 +44,7 @@ class ProducerBridge:
     Attributes:
       after_drain: called on the Trio thread after each burst of `done` calls; set it to `host.flush`.
       full: the window is reached, in records or in bytes.
-      hard_full: twice the window is reached: whoever offers must stop altogether.
-      outstanding_records, outstanding_messages, outstanding_bytes: offered and without an outcome.
+      outstanding_records, outstanding_bytes: offered and without an outcome.
     """
 
     def __init__(
@@ -66,8 +64,8 @@ class ProducerBridge:
         `open_producer` and `faults` are for tests."""
         self.name = name
         self.after_drain: Callable[[], None] = nothing
-        self.full = self.hard_full = False
-        self.outstanding_records = self.outstanding_messages = self.outstanding_bytes = 0
+        self.full = False
+        self.outstanding_records = self.outstanding_bytes = 0
         self._window_records, self._window_bytes = window_records, window_bytes
         self._sent = self._sent_messages = self._failed = 0
         self._room_waiters: deque[Callable[[], None]] = deque()
@@ -88,15 +86,10 @@ class ProducerBridge:
     def offer(self, record: Record) -> None:
         """Take `record`, behind all records before it. Never blocks, never refuses: the caller looks at `full`."""
         record.size = size = record.measure()
-        record.offered_at = time.monotonic()
         self.outstanding_records += 1
-        self.outstanding_messages += record.messages
         self.outstanding_bytes += size
         if self.outstanding_records >= self._window_records or self.outstanding_bytes >= self._window_bytes:
             self.full = True
-            self.hard_full = (
-                self.outstanding_records >= 2 * self._window_records or self.outstanding_bytes >= 2 * self._window_bytes
-            )
         self._inbox.append(record)
         if self._feeder.idle:
             self._feeder.wake_up()
@@ -110,12 +103,6 @@ class ProducerBridge:
             self._room_waiters.append(callback)
         else:
             callback()
-
-    @property
-    def oldest_age(self) -> float:
-        """Seconds since the oldest record without an outcome was offered, 0 when there is none; half a second exact."""
-        oldest = self._feeder.oldest_offer
-        return time.monotonic() - oldest if oldest and self.outstanding_records else 0.0
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Own the feeder thread until cancelled or stopped; `started()` at once, also while Kafka is away.
@@ -204,7 +191,6 @@ class ProducerBridge:
 
     def _count(self, record: Record, error: Exception | None) -> None:
         self.outstanding_records -= 1
-        self.outstanding_messages -= record.messages
         self.outstanding_bytes -= record.size
         if error is None:
             self._sent += 1
@@ -216,7 +202,6 @@ class ProducerBridge:
         if not self.full:
             return
         records, size = self.outstanding_records, self.outstanding_bytes
-        self.hard_full = records >= 2 * self._window_records or size >= 2 * self._window_bytes
         self.full = records >= self._window_records or size >= self._window_bytes
         while self._room_waiters and not self.full:  # one that fills the window queues behind those still waiting
             self._room_waiters.popleft()()

@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, Final, Protocol
 
 from gateways.kafka.cluster import Cluster
@@ -118,7 +118,6 @@ class Feeder:
     Attributes:
       inbox: where the Trio thread appends records.
       idle: the thread waits, or is about to: whoever appends must `wake_up`.
-      oldest_offer: `time.monotonic()` of the offer of the oldest record without an outcome; 0.0: none.
     """
 
     def __init__(
@@ -133,7 +132,6 @@ class Feeder:
         self.name = name
         self.inbox: deque[Record] = deque()
         self.idle = False
-        self.oldest_offer = 0.0
         self.resent = 0
         self.rebuilds = 0
         self.delivery_timeout = 60.0
@@ -190,7 +188,6 @@ class Feeder:
             try:
                 return Generation(self._open_producer(), self._faults, self._settle, self.wake_up)
             except Exception as exc:
-                self._note_oldest()
                 self._report_away(exc)
             self._halt.wait(self._backoff)
             self._backoff = min(self._backoff * 2, LONGEST_BACKOFF)
@@ -305,7 +302,6 @@ class Feeder:
         if now < self._next_look:
             return
         self._next_look = now + LOOK_INTERVAL
-        self._note_oldest(generation)
         waiting = now - generation.in_flight[0].sent_at if generation.in_flight else 0.0
         if waiting > self.delivery_timeout:
             generation.broken = TimeoutError(f"no confirmation for {waiting:.0f} s")
@@ -318,13 +314,6 @@ class Feeder:
     def _unpark(self) -> None:
         for topic in [name for name in self._parked if self._cluster.facts(name) is not None]:
             self._again.extendleft(reversed(self._parked.pop(topic)))
-
-    def _note_oldest(self, generation: Generation | None = None) -> None:
-        queues: Iterable[deque[Record]] = (self._again, self.inbox, *self._parked.values())
-        heads = [queue[0].offered_at for queue in queues if queue]
-        if generation is not None and generation.in_flight:
-            heads.append(generation.in_flight[0].offered_at)
-        self.oldest_offer = min(heads, default=0.0)
 
     def _take_back(self, generation: Generation) -> None:
         """Close the producer; what has no outcome goes before everything else, in order."""
@@ -363,7 +352,6 @@ class Feeder:
                 record.settled = True
                 self._settle(record, GatewayError("closed before Kafka confirmed the record", retriable=True))
         self._parked.clear()
-        self.oldest_offer = 0.0
 
 
 def describe(exc: BaseException) -> str:

@@ -152,11 +152,6 @@ class KafkaOptions:
             raise ValueError("Bus.Topic and Topics.Bus.Name name different topics; keep one of them")
 
     @property
-    def configured(self) -> bool:
-        """The configuration names a Kafka."""
-        return bool(self.servers or self.bootstrap_servers)
-
-    @property
     def server_names(self) -> list[str]:
         """`host:port` of each server to begin with."""
         return names_of(self.servers) or names_of(self.bootstrap_servers) or [DEFAULT_SERVERS]

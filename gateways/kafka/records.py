@@ -31,8 +31,6 @@ class Record:
     """How many MQTT messages the record carries; for counters."""
     size: int = attrs.field(init=False, default=0)
     """Bytes that the record counts for in windows and against max.message.bytes (set by `ProducerBridge.offer`)."""
-    offered_at: float = attrs.field(init=False, default=0.0)
-    """`time.monotonic()` of the offer."""
     sent_at: float = attrs.field(init=False, default=0.0)
     """`time.monotonic()` when the present producer got it."""
     settled: bool = attrs.field(init=False, default=False)

@@ -201,10 +201,7 @@ async def test_the_window_says_full_and_tells_when_there_is_room() -> None:
         bridge.when_room(lambda: calls.append("at once"))
         assert calls == ["at once"]
         setup.offer(b"9")
-        fullness += [bridge.full, bridge.hard_full]
-        for number in range(10, 20):
-            setup.offer(b"%d" % number)
-        assert [*fullness, bridge.hard_full] == [False, True, False, True]
+        assert [*fullness, bridge.full] == [False, True]
         room = trio.Event()
 
         def has_room() -> None:
@@ -214,10 +211,9 @@ async def test_the_window_says_full_and_tells_when_there_is_room() -> None:
         bridge.when_room(has_room)
         kafka.hang = False
         with trio.fail_after(LIMIT):
-            setup.offer(b"20")
+            setup.offer(b"10")
             await room.wait()
-        assert not bridge.hard_full
-        await setup.until(21)
+        await setup.until(11)
         assert calls[-1] == "drained"
         assert calls.count("room") == 1
 
@@ -296,11 +292,9 @@ async def test_a_producer_that_hangs_is_replaced() -> None:
             setup.offer(b"%d" % number)
         with trio.fail_after(LIMIT):
             await replaced.wait()
-        assert setup.bridge.oldest_age > 0.3
         kafka.hang = False
         await setup.until(30)
         assert kafka.values(0) == [b"%d" % number for number in range(30)]
-        assert setup.bridge.oldest_age == 0
 
 
 async def test_records_for_unknown_topics_wait_and_hold_nobody_up() -> None:

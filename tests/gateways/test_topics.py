@@ -211,7 +211,6 @@ def test_servers_have_two_names_and_two_forms() -> None:
     assert KafkaOptions(bootstrap_servers=["a:1", "b"]).server_names == ["a:1", "b"]
     assert KafkaOptions(servers="a:1", bootstrap_servers=["a:1"]).server_names == ["a:1"]
     assert KafkaOptions().server_names == ["localhost:9092"]
-    assert not KafkaOptions().configured
 
 
 def ensure(servers: str, plans: Sequence[TopicPlan]) -> dict[str, str]:
