@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import trio
@@ -90,13 +90,3 @@ class Gateway(Protocol):
 
     def counters(self) -> dict[str, int]:
         """Counters by name, for metrics and the line that is logged at the end."""
-
-
-class MakeGateway(Protocol):
-    """`build` of a gateway package."""
-
-    def __call__(self, options: object) -> Gateway: ...
-
-
-Flush = Callable[[], None]
-"""Sends what is waiting in the outboxes of touched clients."""

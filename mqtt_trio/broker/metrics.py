@@ -106,8 +106,6 @@ class Metrics:
     """Times that a publisher was not read from because an inbound bound was reached."""
     fast_lane_messages: int = 0
     """Messages that the fast lane handled, of all that were received."""
-    events_lost: int = 0
-    """Events that a consumer did not take in time."""
 
     def snapshot(self) -> dict[str, int]:
         """Return all counters by name, in the order in which they stand here."""
@@ -115,6 +113,3 @@ class Metrics:
 
 
 _NAMES = tuple(field.name for field in attrs.fields(Metrics))
-
-DROP_REASONS = tuple(name.removeprefix("dropped_") for name in _NAMES if name.startswith("dropped_"))
-"""What `MessageDropped.reason` may say; each has its counter `dropped_<reason>`."""

@@ -117,11 +117,6 @@ class RetainedMessages:
                 messages.append(message)
         return messages
 
-    @property
-    def next_expiry_at(self) -> float | None:
-        """UTC seconds since the epoch at which `drop_expired` has something to look at, or None."""
-        return self._expiries[0][0] if self._expiries else None
-
     def drop_expired(self, utc: float) -> int:
         """Drop what has expired by `utc` (seconds since the epoch); returns how many messages that were."""
         dropped = 0

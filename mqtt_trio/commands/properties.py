@@ -82,12 +82,6 @@ def _row(command: str, name: str) -> Property:
     return row
 
 
-def _allowed(owner: int) -> list[str]:
-    return [
-        name for name, row in _NAMES.items() if owner in row.packets and (owner, row.property_id) not in _SERVERS_ONLY
-    ]
-
-
 def _value(row: Property, name: str, texts: Sequence[str]) -> Any:
     value: Any
     if row.wire_type is WireType.UTF8_STRING_PAIR:

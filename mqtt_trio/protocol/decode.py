@@ -10,7 +10,7 @@ Raises:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Final, TypeAlias
 
 from mqtt_trio.errors import MalformedPacketError, RemoteProtocolError
@@ -27,7 +27,7 @@ from mqtt_trio.protocol.codes import (
 from mqtt_trio.protocol.packets import NO_PROPERTIES, MessageProperties, Publish
 from mqtt_trio.protocol.properties import WILL, read_properties
 from mqtt_trio.protocol.topics import SHARE_PREFIX, validate_topic_filter, validate_topic_name
-from mqtt_trio.protocol.wire import Reader, decode_string, read_header
+from mqtt_trio.protocol.wire import Reader, decode_string
 
 Decoder: TypeAlias = Callable[[int, bytes, int, int, ProtocolVersion], p.Packet]
 
@@ -88,17 +88,6 @@ def decode_publish(flags: int, data: bytes, start: int, end: int, version: Proto
         topic_alias,
         subscription_identifiers,
     )
-
-
-def iter_publishes(frames: bytes, version: ProtocolVersion) -> Iterator[Publish]:
-    """Decode PUBLISH packets that lie side by side, such as `FrameRun.frames`."""
-    at = 0
-    while at < len(frames):
-        header = read_header(frames, at)
-        if header is None or header[1] > len(frames) or frames[at] >> 4 != PacketType.PUBLISH:
-            raise MalformedPacketError("the bytes are no whole PUBLISH packets")
-        yield decode_publish(frames[at] & 15, frames, header[0], header[1], version)
-        at = header[1]
 
 
 def _packet_id(data: bytes, at: int, end: int) -> int:

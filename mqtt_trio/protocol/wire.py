@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final, TypeAlias
 
-from mqtt_trio.errors import LocalProtocolError, MalformedPacketError, PacketTooLargeError
+from mqtt_trio.errors import LocalProtocolError, MalformedPacketError
 
 MAXIMUM_VARIABLE_BYTE_INTEGER: Final = 268_435_455
 MAXIMUM_REMAINING_LENGTH: Final = MAXIMUM_VARIABLE_BYTE_INTEGER
@@ -46,21 +46,6 @@ def read_header(buffer: bytes, start: int) -> Header | None:
         if byte < 128:
             return at, at + length
     raise MalformedPacketError("Remaining Length has more than four bytes")
-
-
-def split_frame(buffer: bytes, start: int, maximum_packet_size: int = MAXIMUM_POSSIBLE_PACKET_SIZE) -> Header | None:
-    """Return the bounds of the body of the packet at `start`, or None until the packet is whole.
-
-    Raises:
-      MalformedPacketError: the Remaining Length has more than four bytes.
-      PacketTooLargeError: the packet will be larger than `maximum_packet_size` bytes; known from its header alone.
-    """
-    header = read_header(buffer, start)
-    if header is None:
-        return None
-    if header[1] - start > maximum_packet_size:
-        raise PacketTooLargeError(f"a packet of {header[1] - start} bytes; the maximum is {maximum_packet_size}")
-    return header if header[1] <= len(buffer) else None
 
 
 def decode_string(raw: bytes) -> str:

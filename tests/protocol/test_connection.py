@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mqtt_trio.errors import LocalProtocolError, MalformedPacketError, PacketTooLargeError, RemoteProtocolError
+from mqtt_trio.errors import LocalProtocolError, PacketTooLargeError, RemoteProtocolError
 from mqtt_trio.protocol import packets as p
 from mqtt_trio.protocol.codes import PacketType, ProtocolVersion, QoS, ReasonCode
 from mqtt_trio.protocol.connection import (
@@ -16,7 +16,6 @@ from mqtt_trio.protocol.connection import (
     ServerConnection,
     State,
 )
-from mqtt_trio.protocol.decode import iter_publishes
 from mqtt_trio.protocol.encode import encode
 
 V31, V311, V5 = ProtocolVersion.MQTT_3_1, ProtocolVersion.MQTT_3_1_1, ProtocolVersion.MQTT_5_0
@@ -378,9 +377,3 @@ def test_local_errors_of_3() -> None:
         with pytest.raises(LocalProtocolError):
             client.encode(packet)
     assert client.encode(p.PubAck(1, ReasonCode.NOT_AUTHORIZED)) == b"\x40\x02\0\x01"
-
-
-def test_runs_of_publishes_must_be_whole() -> None:
-    for bad in (b"\x30", b"\x30\x05\0\x01a", b"\xc0\x00", b"\x30\x03\0\x01a\x30"):
-        with pytest.raises(MalformedPacketError):
-            list(iter_publishes(bad, V311))

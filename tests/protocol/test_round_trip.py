@@ -13,9 +13,9 @@ from mqtt_trio.errors import RemoteProtocolError
 from mqtt_trio.protocol import packets as p
 from mqtt_trio.protocol.codes import CONNECT_RETURN_CODES, REASON_CODES, PacketType, ProtocolVersion, QoS, ReasonCode
 from mqtt_trio.protocol.connection import ClientConnection, ServerConnection, State
-from mqtt_trio.protocol.decode import DECODERS, iter_publishes
+from mqtt_trio.protocol.decode import DECODERS
 from mqtt_trio.protocol.encode import EncodedPublish, encode
-from mqtt_trio.protocol.wire import split_frame
+from mqtt_trio.protocol.wire import read_header
 
 V31, V311, V5 = ProtocolVersion.MQTT_3_1, ProtocolVersion.MQTT_3_1_1, ProtocolVersion.MQTT_5_0
 
@@ -175,7 +175,7 @@ packets_5: st.SearchStrategy[Any] = st.one_of(
 
 
 def decode(frame: bytes, version: ProtocolVersion) -> p.Packet:
-    header = split_frame(frame, 0)
+    header = read_header(frame, 0)
     assert header is not None
     assert header[1] == len(frame)
     return DECODERS[PacketType(frame[0] >> 4)](frame[0] & 15, frame, *header, version)
@@ -247,7 +247,6 @@ def test_encoded_publish_equals_encode(version: ProtocolVersion, packet: p.Publi
     if packet.qos and not packet.dup:
         assert packet.packet_id is not None
         assert encoded.head + packet.packet_id.to_bytes(2, "big") + encoded.tail == frame
-    assert list(iter_publishes(frame * 2, version)) == [decode(frame, version)] * 2
 
 
 @given(packets_5, st.data())
