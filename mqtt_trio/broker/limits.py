@@ -10,7 +10,10 @@ from attrs.validators import ge, in_, le
 from mqtt_trio.errors import ConfigError
 
 FRAME_OVERHEAD: Final = 1024
-"""Bytes by which a message may grow on its way through the broker: Subscription Identifiers, another version."""
+"""Bytes by which a message may grow on its way through the broker and still fit an empty outbox: another version, a
+Topic Alias, 200 Subscription Identifiers of up to five bytes. A client may have as many of them on one topic as it has
+subscriptions (up to [Limits] SubscriptionsPerClient). A copy that they make larger than its outbox is dropped and
+counted at QoS 0; at QoS 1 and 2 it goes alone, since a message goes wherever there is any room."""
 
 
 @attrs.frozen(kw_only=True)

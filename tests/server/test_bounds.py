@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable
 from typing import TypeVar
@@ -24,7 +25,7 @@ from mqtt_trio.protocol.packets import ConnAck, Connect, Publish, SubAck, Subscr
 from mqtt_trio.server.clients import Clients
 from mqtt_trio.server.listeners import ListenerOptions
 from mqtt_trio.server.storage import Storage
-from mqtt_trio.testing import MemoryBroker, Pipe, TestClient, open_memory_broker
+from mqtt_trio.testing import MemoryBroker, Pipe, PipeOptions, TestClient, open_memory_broker
 
 T = TypeVar("T")
 V5 = ProtocolVersion.MQTT_5_0
@@ -209,3 +210,58 @@ async def test_retained_messages_count_for_the_journal() -> None:
     assert broker.stopped == {id(broker.journal)}
     broker.keeper.take()
     assert not broker.stopped
+
+
+DEEP = "a/a/a/a/a/a/a/a/a/a/a/a"
+
+
+async def subscribe_often(client: TestClient, qos: int) -> None:
+    """Subscribe to 4,096 filters that match DEEP, each with a Subscription Identifier of four bytes."""
+    topic_filters = ["/".join(levels) for levels in itertools.product("a+", repeat=DEEP.count("/") + 1)]
+    for first in range(0, len(topic_filters), 256):
+        some = topic_filters[first : first + 256]
+        await client.subscribe(*some, qos=qos, subscription_identifier=268_435_455 - first)
+
+
+@pytest.mark.parametrize("qos", [0, 1, 2])
+async def test_a_copy_that_its_subscription_identifiers_make_larger_than_the_outbox(
+    qos: int, autojump_clock: MockClock
+) -> None:
+    """4,096 filters match one topic: 20 KiB of identifiers beside a payload that alone would fit."""
+    limits = Limits(outbox_bytes=65_536, maximum_packet_size=64_000)
+    async with open_memory_broker(limits) as memory:
+        wide, narrow = await memory.connect("wide"), await memory.connect("narrow")
+        await subscribe_often(wide, qos)
+        await narrow.subscribe("#", qos=qos)
+        publisher = await memory.connect("publisher")
+        for payload in (bytes(60_000), b"small"):
+            await publisher.publish(DEEP, payload, qos=qos)
+        copies = await wide.waiting_messages()
+        expected = [60_000, 5] if qos else [5]
+        assert [len(copy.payload) for copy in copies] == expected
+        assert all(len(copy.subscription_identifiers) == 4096 for copy in copies)
+        assert [len(copy.payload) for copy in await narrow.waiting_messages()] == [60_000, 5]
+        metrics = memory.broker.metrics
+        assert (metrics.dropped_outbox_full, metrics.messages_queued) == (2 - len(expected), 0)
+
+
+@pytest.mark.parametrize("qos", [1, 2])
+async def test_copies_larger_than_the_outbox_go_one_by_one(qos: int, autojump_clock: MockClock) -> None:
+    """To a client that reads nothing for a while, and in a queue and after a reconnect just as well."""
+    limits = Limits(outbox_bytes=65_536, maximum_packet_size=64_000, inflight_messages=3)
+    async with open_memory_broker(limits) as memory:
+        wide = await memory.connect("wide", session_expiry_interval=600, pipe=PipeOptions(capacity=1024))
+        await subscribe_often(wide, qos)
+        publisher = await memory.connect("publisher")
+        wide.pipe.to_client.freeze()
+        for number in range(6):
+            await publisher.publish(DEEP, b"%d" % number * 60_000, qos=qos)
+        assert memory.broker.metrics.messages_queued > 0
+        wide.pipe.thaw()
+        for number in range(2):
+            assert (await wide.next_message(timeout=60)).payload[:1] == b"%d" % number
+        await wide.cut()
+        wide = await memory.reconnect(wide)
+        rest = [message.payload[:1] for message in await wide.waiting_messages()]
+        assert rest == [b"%d" % number for number in range(2, 6)]
+        assert (memory.broker.metrics.messages_queued, memory.broker.metrics.dropped_outbox_full) == (0, 0)
