@@ -46,7 +46,7 @@ def test_the_guide_to_testing_is_a_test_suite_that_passes(tmp_path: Path) -> Non
     for name, block in blocks:
         assert not (tmp_path / name).exists(), f"two blocks are {name}"
         (tmp_path / name).write_text(block)
-    count = sum(block.count("async def test_") for _, block in blocks)
+    count = sum(block.count("def test_") for _, block in blocks)
     assert count > 10
     assert f"{count} passed" in output_of_pytest(tmp_path)
 

@@ -12,7 +12,7 @@
 With pytest-trio's `autojump_clock` among the test's own arguments, hours of keep alive and expiry pass in no time, to
 the second. docs/testing.md is the guide.
 
-Nothing in here asserts, so a conftest.py may import it beside `pytest_plugins`: PYTEST_DONT_REWRITE.
+Nothing in this module asserts, so a conftest.py may import it beside `pytest_plugins`: PYTEST_DONT_REWRITE.
 """
 
 from mqtt_trio.broker.store import MemoryStore as MemoryStore
@@ -30,5 +30,8 @@ from mqtt_trio.testing.pipe import Direction as Direction
 from mqtt_trio.testing.pipe import Pipe as Pipe
 from mqtt_trio.testing.pipe import PipeOptions as PipeOptions
 from mqtt_trio.testing.pipe import PipeStream as PipeStream
+from mqtt_trio.testing.stores import Fault as Fault
+from mqtt_trio.testing.stores import FaultyStore as FaultyStore
+from mqtt_trio.testing.stores import check_store as check_store
 from mqtt_trio.testing.websocket import UpgradeRefusedError as UpgradeRefusedError
 from mqtt_trio.testing.websocket import WebSocketStream as WebSocketStream

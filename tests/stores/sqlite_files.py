@@ -9,7 +9,7 @@ from typing import Any
 
 from mqtt_trio.broker.store import Batch, StoredState
 from mqtt_trio.server.sqlite_store import SqliteStore
-from tests.stores.suite import delivery
+from mqtt_trio.testing.stores import delivery
 
 SESSIONS = 300
 

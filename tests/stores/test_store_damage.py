@@ -15,8 +15,8 @@ from mqtt_trio.broker.store import Batch, StoredState
 from mqtt_trio.errors import StoreError
 from mqtt_trio.server import store_file, store_repair
 from mqtt_trio.server.sqlite_store import SqliteStore
+from mqtt_trio.testing.stores import delivery, reload, rows_of, session
 from tests.stores.sqlite_files import as_after_a_kill, fill, load, put, query, realistic, set_aside, total
-from tests.stores.suite import delivery, reload, rows_of, session
 
 FLIPS = 200
 PAGE = 4096

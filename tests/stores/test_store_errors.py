@@ -21,8 +21,8 @@ from mqtt_trio.broker.store import Batch
 from mqtt_trio.errors import StoreError
 from mqtt_trio.server.sqlite_store import UNUSED_PAGES, SqliteStore
 from mqtt_trio.server.store_file import CHECKPOINT_PAGES, LOG_LIMIT
+from mqtt_trio.testing.stores import delivery, session
 from tests.stores.sqlite_files import load, query, realistic, set_aside
-from tests.stores.suite import delivery, session
 
 LIMIT = 30.0
 """Seconds until a child process counts as stuck."""

@@ -16,8 +16,18 @@ from hypothesis import strategies as st
 from mqtt_trio.broker.store import Batch, MemoryStore
 from mqtt_trio.errors import StoreError
 from mqtt_trio.server.sqlite_store import SqliteStore
-from tests.stores.faults import Fault, FaultyStore
-from tests.stores.suite import Reopen, apply, check_store, delivery, everything, reload, rows_of, session
+from mqtt_trio.testing.stores import (
+    Fault,
+    FaultyStore,
+    Reopen,
+    apply,
+    check_store,
+    delivery,
+    everything,
+    reload,
+    rows_of,
+    session,
+)
 
 PARTS = [field.name for field in attrs.fields(Batch)]
 

@@ -1,13 +1,16 @@
-"""What every Store must do."""
+"""For stores of your own: what every Store must do, and a Store that fails when it is told to."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable
+from enum import Enum, auto
 from typing import Any, Final, TypeAlias
 
 import attrs
 
 from mqtt_trio.broker.store import Batch, DeliveryRow, Store, StoredState
+from mqtt_trio.errors import StoreError
 
 Reopen: TypeAlias = Callable[[], Store]
 """The store at one place, in a life of its own: loaded and closed before the next one begins."""
@@ -20,11 +23,18 @@ FRAMES: Final = (b"", b"\0", b"\x30\x03\0\x01a", bytes(range(256)), b"\xff" * (2
 
 
 def check_store(make: MakePlace) -> None:
-    """Run the whole suite; `make` is called once for each check."""
+    """Run the whole suite: every kind of row, whole batches, batches that come again, numbers that are not used again.
+
+    `make` is called once for each check and makes a new, empty place; what it returns is called for each life of the
+    store there. For a store that keeps files: `lambda: partial(MyStore, new_path())`.
+
+    Raises:
+      AssertionError: the store does something else, or whatever it raises itself; a note names the check.
+    """
     for check in _CHECKS:
         try:
             check(make())
-        except AssertionError as exc:
+        except Exception as exc:
             exc.add_note(f"in {check.__name__}")
             raise
 
@@ -279,3 +289,60 @@ _CHECKS: Final = (
     _numbers_are_never_used_again,
     _takes_big_batches,
 )
+
+
+# --- faults ---
+
+
+class Fault(Enum):
+    """How one commit goes."""
+
+    NONE = auto()
+    BEFORE = auto()
+    """It fails before anything was written."""
+    AFTER = auto()
+    """It is there and yet fails, as when the disk reports an error after it had written."""
+    CRASH = auto()
+    """The process dies before it: this and every later commit of this life fails, and nothing is written."""
+    CRASH_AFTER = auto()
+    """The process dies behind it: it is there, nobody is told, and every later commit of this life fails."""
+
+
+class FaultyStore:
+    """A life of `store` whose commits go by `faults`, one after the other; without more of them, all goes well.
+
+    A test gives the same `store` to the next FaultyStore, as if it were the disk.
+    """
+
+    def __init__(self, store: Store, faults: Iterable[Fault] = ()) -> None:
+        self.store = store
+        self.faults = deque(faults)
+        self.crashed = False
+        self.commits = 0
+        """Calls of `commit`, the failed ones too."""
+
+    def load(self) -> StoredState:
+        """Return what the store holds."""
+        return self.store.load()
+
+    def commit(self, batch: Batch) -> None:
+        """Commit, or fail as planned."""
+        self.commits += 1
+        fault = Fault.NONE if not self.faults else self.faults.popleft()
+        if self.crashed or fault is Fault.CRASH:
+            self.crashed = True
+            raise StoreError("planned: the process is dead")
+        if fault is Fault.BEFORE:
+            raise StoreError("planned: nothing was written")
+        self.store.commit(batch)
+        if fault is Fault.CRASH_AFTER:
+            self.crashed = True
+        if fault is not Fault.NONE:
+            raise StoreError("planned: reported as failed after all was written")
+
+    def close(self) -> None:
+        """Close the store."""
+        self.store.close()
+
+    def describe(self) -> str:
+        return f"{self.store.describe()}, with faults"
