@@ -7,7 +7,7 @@ import trio
 import trio.testing
 
 from mqtt_trio.protocol.codes import ProtocolVersion
-from mqtt_trio.testing import MemoryBroker
+from mqtt_trio.testing import PATIENCE, MemoryBroker
 
 V31, V311, V5 = ProtocolVersion.MQTT_3_1, ProtocolVersion.MQTT_3_1_1, ProtocolVersion.MQTT_5_0
 both_versions = pytest.mark.parametrize("version", [V311, V5])
@@ -96,6 +96,19 @@ def unsubscribe(version: ProtocolVersion, packet_id: int, *filters: str | bytes)
 PINGREQ, PINGRESP, DISCONNECT = b"\xc0\0", b"\xd0\0", b"\xe0\0"
 
 
+async def receive(stream: trio.abc.ReceiveStream) -> bytes:
+    """What comes next, nothing at the end of the connection. A peer that neither says something nor closes fails the
+    test here, long before its time limit; on a fake clock that takes no time."""
+    on_fake_clock = isinstance(trio.lowlevel.current_clock(), trio.testing.MockClock)
+    limit = PATIENCE if on_fake_clock else 5.0
+    with trio.move_on_after(limit):
+        try:
+            return bytes(await stream.receive_some(65_536))
+        except trio.BrokenResourceError:
+            return b""
+    raise AssertionError(f"nothing came within {limit:.0f} s and the connection is still open")
+
+
 class Wire:
     """One end of a stream: sends bytes, reads whole packets."""
 
@@ -119,11 +132,7 @@ class Wire:
     async def read(self) -> bytes:
         """The next packet, or nothing at the end of the connection."""
         while not (end := self._whole()):
-            try:
-                data = await self.stream.receive_some(65_536)
-            except trio.BrokenResourceError:
-                data = b""
-            if not data:
+            if not (data := await receive(self.stream)):
                 assert not self.received, "the connection ended inside a packet"
                 return b""
             self.received += data

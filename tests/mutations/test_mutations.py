@@ -19,7 +19,11 @@ ROOT: Final = Path(__file__).parents[2]
 TESTS_FAILED: Final = 1
 """Exit code of pytest when tests ran and some failed; anything else is no proof."""
 LIMIT: Final = 100
-"""Seconds for one violation; a hanging broker is caught by the time limit of its test."""
+"""Seconds for one violation."""
+TEST_LIMIT: Final = 20
+"""Seconds for one test. What only makes it hang was not found: that says nothing about the statement."""
+TIMEOUT: Final = "from pytest-timeout"
+"""What pytest says of a test that ended so."""
 
 
 @attrs.frozen
@@ -68,7 +72,7 @@ class Copy:
             "-m",
             "not kafka and not interop",
         ]
-        command += ["--timeout=20", f"--spec={statement}", *files]
+        command += [f"--timeout={TEST_LIMIT}", "--timeout-method=signal", f"--spec={statement}", *files]
         return subprocess.run(command, cwd=self.root, capture_output=True, text=True, timeout=LIMIT, check=False)
 
 
@@ -95,3 +99,5 @@ def test_violation_is_found(sources: Copy, mutation: Mutation) -> None:
         sources.write(mutation.file, original)
     assert finished.returncode == TESTS_FAILED, f"no test noticed that {mutation.violation}:\n{finished.stdout}"
     assert "error" not in finished.stdout.splitlines()[-1], finished.stdout  # a failure, no broken import
+    hung = f"a hang is no proof that {mutation.violation}: have an assertion notice\n{finished.stdout}"
+    assert TIMEOUT not in finished.stdout, hung

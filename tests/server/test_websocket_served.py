@@ -12,7 +12,7 @@ import trio.testing
 from mqtt_trio.protocol.codes import ProtocolVersion
 from mqtt_trio.protocol.frames import Opcode, client_frame
 from mqtt_trio.testing import MemoryBroker
-from tests.wire import PINGREQ, PINGRESP, V5, ack, both_versions, connect, packet, publish, subscribe, text
+from tests.wire import PINGREQ, PINGRESP, V5, ack, both_versions, connect, packet, publish, receive, subscribe, text
 
 REQUEST = (
     b"GET /mqtt HTTP/1.1\r\nHost: broker\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
@@ -31,8 +31,7 @@ class Page:
 
     async def _need(self, size: int) -> bool:
         while len(self.received) < size:
-            data = await self.stream.receive_some(65_536)
-            if not data:
+            if not (data := await receive(self.stream)):
                 return False
             self.received += data
         return True
