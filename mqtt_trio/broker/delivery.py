@@ -105,6 +105,9 @@ class Sender:
             self._send_acknowledged(session, outbox, delivery, {}, now)
             return True
         frame = self._frame(delivery, outbox, {}, 0, now)
+        if frame is not None and len(frame) > outbox.limit:  # it came in under larger limits: it never fits
+            self.dropped("outbox_full", session, delivery.message, now)
+            return True
         return frame is None or self._offer(outbox, frame)
 
     def _offer(self, outbox: Outbox, frame: bytes) -> bool:

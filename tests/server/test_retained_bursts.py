@@ -210,3 +210,14 @@ async def test_one_subscriber_gives_others_their_turn(autojump_clock: trio.testi
         assert memory.broker.retained.visited - visited < 700_000  # of 20 times 60,000: some steps of a ping each
         await trio.testing.wait_all_tasks_blocked()
         assert not memory.broker.connections.sessions["c"].bursts
+
+
+async def test_a_message_that_never_fits_holds_back_nobody() -> None:
+    """One that was retained under larger limits."""
+    async with open_memory_broker(SMALL) as memory:
+        memory.broker.inbound.retain(Message("r/large", bytes(100_000), 0, True))
+        retain(memory, 3, qos=0)
+        client = await memory.connect("c")
+        await client.subscribe("r/#")
+        assert len(await take(client, 3)) == 3
+        assert memory.broker.metrics.dropped_outbox_full == 1
