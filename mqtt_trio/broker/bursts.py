@@ -130,7 +130,7 @@ class Bursts:
                 sender.send_next(session, outbox, self._delivery(message, burst.options), now)
         if burst.unacknowledged:
             return False
-        bursts.popleft()
+        del bursts[0]
         bursts.opened -= 1
         return True
 

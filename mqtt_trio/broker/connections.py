@@ -81,7 +81,7 @@ class Connections:
         session.link, session.outbox = link, outbox
         session.deadline = session.will_at = None
         session.acks.clear()
-        session.carried = set(session.received)
+        session.carried = set(session.received) if session.received else None
         session.send_maximum = min(limits.inflight_messages, packet.receive_maximum or 65_535)  # [MQTT5-3.3.4-9]
         if v5:
             session.expiry_interval = min(packet.session_expiry_interval or 0, limits.session_expiry_interval)

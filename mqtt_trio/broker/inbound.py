@@ -87,7 +87,7 @@ class Inbound:
         # Counting what waits takes time for each of its members, so only where the sum may be reached.
         if known + len(session.acks) >= limit and (
             known
-            - len(session.carried)  # the quota begins anew with each connection [MQTT5-4.9.0-1]
+            - len(session.carried or ())  # the quota begins anew with each connection [MQTT5-4.9.0-1]
             + sum(ack.qos == 1 or ack.packet_id not in received for ack in session.acks)
             >= limit
         ):
@@ -249,7 +249,8 @@ class Inbound:
         """The publisher lets go of a QoS 2 Packet Identifier [MQTT5-4.3.3-11]."""
         assert isinstance(packet, PubRel)
         waits = packet.packet_id in session.received_kept
-        session.carried.discard(packet.packet_id)
+        if session.carried:
+            session.carried.discard(packet.packet_id)
         if packet.packet_id in session.received:
             session.received.remove(packet.packet_id)
             answer = PubComp(packet.packet_id)

@@ -173,7 +173,7 @@ class Keeper:
         broker.metrics.store_commits += 1
         for outbox in journal.committed():
             while outbox.held and outbox.held[0].number <= journal.done_number:
-                self._release(outbox, outbox.held.popleft())
+                self._release(outbox, outbox.held.pop(0))
 
     def _release(self, outbox: Outbox, held: Held) -> None:
         session = outbox.session

@@ -55,7 +55,8 @@ def take_acks(lane: FastLane, data: bytes, pos: int, end: int) -> int:
             if packet_id not in received:
                 break
             received.remove(packet_id)
-            session.carried.discard(packet_id)
+            if session.carried:
+                session.carried.discard(packet_id)
             if packet_id in kept:
                 lane.broker.keeper.received(session, packet_id, False)
                 waits.append(PUBCOMP + PACKET_IDS[packet_id])

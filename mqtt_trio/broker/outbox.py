@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
@@ -58,7 +57,7 @@ class Outbox:
         """Bytes of the largest packet that the client accepts [MQTT5-3.1.2-24]."""
         self.aliases: OutboundAliases | None = None
         """Of a 5.0 client that takes Topic Aliases."""
-        self.held: deque[Held] = deque()
+        self.held: list[Held] = []
         """What waits for the store, by batch."""
         self.held_acks = 0
         """PUBACKs among it."""

@@ -129,7 +129,7 @@ class Burst:
     """What goes out at QoS 1 and 2, the next one last."""
 
 
-class BurstQueue(deque[Burst]):
+class BurstQueue(list[Burst]):
     """The bursts of one session; the first `opened` ones have looked for their messages."""
 
     __slots__ = ("left", "opened", "unacknowledged")

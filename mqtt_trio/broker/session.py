@@ -131,7 +131,7 @@ class Session:
         self.queue = MessageQueue()
         self.received: set[int] = set()
         """Inbound QoS 2 Packet Identifiers whose PUBREL has not come [MQTT5-4.3.3-10]."""
-        self.carried: set[int] = set()
+        self.carried: set[int] | None = None
         """Those of them that were there when this connection began."""
         self.received_kept: set[int] = set()
         """Those of them that are in the store."""
