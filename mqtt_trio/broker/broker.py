@@ -328,22 +328,27 @@ class Broker:
 
     def reply(self, link: ClientLink, packet: Packet) -> None:
         """Put a control packet into the client's outbox; one that the client does not take ends it."""
+        if (frame := self._encoded(link, packet)) is not None:
+            self.metrics.packets_sent += 1
+            link.outbox.put(frame)
+
+    @staticmethod
+    def _encoded(link: ClientLink, packet: Packet) -> bytes | None:
+        """Encode a control packet, or end the client that does not take it."""
         try:
-            frame = link.connection.encode(packet)
+            return link.connection.encode(packet)
         except LocalProtocolError as exc:
             if link.connection.peer_maximum_packet_size >= MAXIMUM_POSSIBLE_PACKET_SIZE:
                 raise  # it asked for no maximum: our bug
             link.end(ReasonCode.PACKET_TOO_LARGE, str(exc))  # [MQTT5-3.1.2-24]
-            return
-        self.metrics.packets_sent += 1
-        link.outbox.put(frame)
+            return None
 
     def reply_kept(self, link: ClientLink, packet: SubAck | UnsubAck) -> None:
         """Confirm subscriptions once the store has them, where the session is kept; while the store fails, at once."""
         if link.session is None or not link.session.number or self.journal.failing is not None:
             self.reply(link, packet)
-        else:
-            self.journal.hold(link.outbox).replies.append(link.connection.encode(packet))
+        elif (frame := self._encoded(link, packet)) is not None:
+            self.journal.hold(link.outbox).replies.append(frame)
 
     def _must_wait(self, link: ClientLink) -> bool:
         """Whether as many SUBACKs and UNSUBACKs wait for the store as Receive Maximum allows acknowledgements; then the

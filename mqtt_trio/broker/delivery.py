@@ -160,12 +160,17 @@ class Sender:
             delivery.number = 0
         if not session.number:
             return
+        if delivery.number and delivery.number < session.last_number:
+            # It leaves behind one that got its number later, a retained message: numbers are the order of sending.
+            journal.done(delivery.number)
+            delivery.number = 0
         if delivery.number:
             journal.move(delivery.number, session.number, packet_id, delivery.qos | RETAIN * delivery.retain)
         else:
             journal.add(session.number, delivery, packet_id)
             if before:
                 journal.renumbered[before] = delivery.number
+        session.last_number = delivery.number
 
     def _frame(
         self,

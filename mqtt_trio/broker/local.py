@@ -84,3 +84,4 @@ class LocalPublisher:
     def set_retained(self, message: Message) -> None:
         """Replace or remove a retained message; nobody is told."""
         self.broker.inbound.retain(message)
+        self.broker.flush()

@@ -98,6 +98,7 @@ class Session:
         "ended_at",
         "expiry_interval",
         "inflight",
+        "last_number",
         "link",
         "next_id",
         "number",
@@ -137,6 +138,8 @@ class Session:
         """Those of them that are in the store."""
         self.number = 0
         """In the store; 0: the session ends with its connection or with the process."""
+        self.last_number = 0
+        """In the store, of the delivery that was sent last on the full path."""
         self.next_id = 1
         self.send_maximum = 65_535
         """Outbound QoS 1 and 2 messages that may be unacknowledged: the lower of both sides' bounds."""

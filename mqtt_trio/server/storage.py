@@ -64,7 +64,7 @@ class Storage:
         self.store = store
         self._run_sync = run_sync
         self._changed = trio.Event()
-        self._quiet = trio.Event()
+        self._ended = trio.Event()
         self._closing = False
         self.found = (0, 0, 0)
         """Sessions, queued and retained messages that the store held at the start."""
@@ -98,13 +98,11 @@ class Storage:
         delay = RETRY_FIRST
         while True:
             while not journal.dirty:
-                self._quiet.set()
                 if self._closing:
+                    self._ended.set()
                     return
                 self._changed = trio.Event()
                 await self._changed.wait()
-            if self._quiet.is_set():  # else `stop` may be waiting for this one
-                self._quiet = trio.Event()
             if await self._commit():
                 if self.broker.keeper.outage_since is None:
                     delay = RETRY_FIRST
@@ -137,6 +135,7 @@ class Storage:
         """Commit what there is, then close. Bounded by the caller's cancel scope."""
         self._closing = True
         self._changed.set()
-        while self.broker.journal.dirty or not self._quiet.is_set():
-            await self._quiet.wait()
+        await self._ended.wait()
+        while self.broker.journal.dirty and await self._commit():
+            pass  # what came up behind the end of `run`
         await self._run_sync(self.store.close)

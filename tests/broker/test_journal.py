@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import pytest
 import trio.testing
 
 from mqtt_trio.broker.fast_lane import FastLane
 from mqtt_trio.broker.journal import Journal, merge
-from mqtt_trio.broker.limits import Limits
 from mqtt_trio.broker.local import LocalPublisher
 from mqtt_trio.broker.message import Message
-from mqtt_trio.broker.recovery import Recovery
 from mqtt_trio.broker.session import Delivery
 from mqtt_trio.broker.store import Batch
 from mqtt_trio.broker.tap import FrameRun
-from mqtt_trio.protocol.codes import ProtocolVersion, QoS
+from mqtt_trio.protocol.codes import ProtocolVersion, QoS, ReasonCode
 from mqtt_trio.protocol.encode import encode
 from mqtt_trio.protocol.packets import (
     MessageProperties,
-    Packet,
     PubAck,
     PubComp,
     Publish,
@@ -31,66 +28,12 @@ from mqtt_trio.protocol.packets import (
     Unsubscribe,
     Will,
 )
-from tests.lane_worlds import V4, V5, NoLane, RecordingLink, Setup, World
+from tests.lane_worlds import V4, V5, NoLane
+from tests.store_play import Play, publish
 
 Clock: TypeAlias = trio.testing.MockClock
 LANES = pytest.mark.parametrize("lane", [FastLane, NoLane], ids=["lane", "full"])
 VERSIONS = pytest.mark.parametrize("version", [V4, V5])
-
-
-class Play:
-    """A world with a store, spoken to in packets."""
-
-    def __init__(self, lane: type[FastLane] = FastLane, **limits: Any) -> None:
-        self.world = World(lane, Setup(limits=Limits(**limits), outbox_bytes=1_000_000, kept=True))
-        self.version: dict[str, ProtocolVersion] = {}
-
-    def connect(self, client: str, version: ProtocolVersion, *, kept: bool = True, **fields: Any) -> RecordingLink:
-        if version == V5 and kept:
-            fields["session_expiry_interval"] = 100
-        link = self.world.connect(client, version, clean_start=not kept, **fields)
-        self.version[client] = version
-        return link
-
-    def subscriber(self, client: str, version: ProtocolVersion, *filters: str, qos: int = 2) -> RecordingLink:
-        link = self.connect(client, version)
-        self.send(client, Subscribe(1, tuple(Subscription(f, QoS(qos)) for f in filters)))
-        self.world.commit()
-        self.world._settle()
-        link.sent = b""
-        return link
-
-    def send(self, client: str, *packets: Packet) -> bytes:
-        """Send packets; return what the client has been sent since the last time."""
-        link = self.world.clients[client]
-        link.sent = b""
-        self.world.feed(link, b"".join(encode(packet, self.version[client]) for packet in packets))
-        return link.sent
-
-    def commit(self, client: str) -> bytes:
-        """Have the store take everything; return what that sends a client."""
-        link = self.world.clients[client]
-        link.sent = b""
-        self.world.do("commit", "", None)
-        return link.sent
-
-    def fail(self, client: str) -> bytes:
-        link = self.world.clients[client]
-        link.sent = b""
-        self.world.do("fail", "", None)
-        return link.sent
-
-    def restart(self) -> World:
-        """The broker that the store makes now; what was not committed is gone."""
-        world = World(FastLane, self.world.setup)
-        world.now = self.world.now
-        world.store = self.world.store
-        Recovery(world.broker, world.store.load(), world.now).run()
-        return world
-
-
-def publish(number: int, qos: int, topic: str = "t", **fields: Any) -> Publish:
-    return Publish(topic, b"%d" % number, QoS(qos), packet_id=number if qos else None, **fields)
 
 
 @LANES
@@ -488,3 +431,40 @@ async def test_a_full_journal_of_a_failing_store_stops_nobody(autojump_clock: Cl
     play.fail("p")
     assert play.send("p", publish(9, 1))[2:5] == b"\0\x09\x97"
     assert not link.paused
+
+
+@pytest.mark.parametrize("qos", [1, 2])
+async def test_a_retained_value_stays_in_front_of_a_newer_one(autojump_clock: Clock, qos: int) -> None:
+    """The newer one was queued, and numbered, before the retained one was sent."""
+    play = Play()
+    play.connect("p", V4, kept=False)
+    for number, topic in ((1, "r/a"), (2, "r/b"), (3, "r/t")):
+        play.send("p", publish(number, qos, topic, retain=True))
+    play.world.do("commit", "", None)
+    play.connect("s", V5, receive_maximum=2)
+    play.send("s", Subscribe(1, (Subscription("r/+", QoS(qos)),)))
+    play.world.do("commit", "", None)
+    play.send("p", publish(9, qos, "r/t"))
+    play.world.do("commit", "", None)
+    live = play.world.broker.connections.sessions["s"]
+    for packet_id in (1, 2):
+        play.send("s", PubAck(packet_id) if qos == 1 else PubRec(packet_id))
+        play.world.do("commit", "", None)
+        if qos == 2:
+            play.send("s", PubComp(packet_id))
+            play.world.do("commit", "", None)
+    restored = play.restart().broker.connections.sessions["s"]
+    for session in (live, restored):
+        deliveries = [entry for entry in session.inflight.values() if isinstance(entry, Delivery)]
+        owed = [d.message.payload for d in (*deliveries, *session.queue)]
+        assert owed == [b"3", b"9"]
+    assert list(live.inflight) == list(restored.inflight)
+
+
+async def test_a_suback_that_the_client_does_not_take_ends_it(autojump_clock: Clock) -> None:
+    play = Play()
+    link = play.connect("s", V5, maximum_packet_size=20)
+    play.send("s", Subscribe(1, tuple(Subscription(f"t/{number}", QoS(1)) for number in range(30))))
+    assert link.ended
+    assert link.end_reason == ReasonCode.PACKET_TOO_LARGE
+    assert play.world.broker.metrics.client_failures == 0
