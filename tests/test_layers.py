@@ -51,7 +51,7 @@ IMPURE = {
 """What `protocol` and `broker` must not import: I/O, threads, clocks, randomness. These arrive as arguments."""
 
 ONLY_IN = {
-    "kafka": {"gateways/kafka/workers.py", "gateways/kafka/security.py"},
+    "kafka": {"gateways/kafka/admin.py", "gateways/kafka/security.py", "gateways/kafka/workers.py"},
     "ssl": {"mqtt_trio/server/tls.py", "mqtt_trio/commands/endpoint.py", "gateways/kafka/security.py"},
     "sqlite3": {
         "mqtt_trio/archive/sqlite.py",

@@ -94,7 +94,7 @@ def plan_topics(options: KafkaOptions, archive_topics: Iterable[str] = ()) -> li
 
 
 class TopicStateLike(Protocol):
-    """What is read of `workers.TopicState`."""
+    """What is read of `admin.TopicState`."""
 
     @property
     def partitions(self) -> int: ...
@@ -107,7 +107,7 @@ class TopicStateLike(Protocol):
 
 
 class AdminLike(Protocol):
-    """What is needed of `workers.Admin`."""
+    """What is needed of `admin.Admin`."""
 
     def broker_count(self) -> int: ...
     def describe(self, names: Sequence[str]) -> Mapping[str, TopicStateLike]: ...
@@ -192,9 +192,9 @@ class TopicManager:
         self._said: set[str] = set()
         self._changed = trio.Event()
         if open_admin is None:
-            from gateways.kafka import workers
+            from gateways.kafka.admin import Admin
 
-            open_admin = partial(workers.Admin, options)
+            open_admin = partial(Admin, options)
         self._open_admin = open_admin
 
     def add(self, plans: Iterable[TopicPlan]) -> None:

@@ -12,10 +12,10 @@ import pytest
 import trio
 
 from gateways.kafka import workers
+from gateways.kafka.admin import Admin, TopicState
 from gateways.kafka.cluster import Cluster
 from gateways.kafka.options import BusOptions, KafkaOptions, TopicOptions, TopicsOptions
 from gateways.kafka.topics import TopicManager, TopicPlan, drift, plan_topics
-from gateways.kafka.workers import TopicState
 from tests.kafka_support import KafkaNode, unique_name
 
 DAY = 24 * 3600 * 1000
@@ -217,7 +217,7 @@ def ensure(servers: str, plans: Sequence[TopicPlan]) -> dict[str, str]:
     """Do what a starting node does about its topics; return what was refused."""
     from gateways.kafka.topics import survey
 
-    found = survey(lambda: workers.Admin(KafkaOptions(servers=servers)), plans)
+    found = survey(lambda: Admin(KafkaOptions(servers=servers)), plans)
     return dict(found.refused)
 
 
@@ -234,7 +234,7 @@ def test_five_nodes_at_once_and_a_second_start(kafka: KafkaNode) -> None:
     assert refused == [{}] * 5
     changed = [attrs.evolve(plan, partitions=7, config={"retention.ms": "7"}) for plan in plans]
     assert ensure(kafka.servers, changed) == {}
-    admin = workers.Admin(KafkaOptions(servers=kafka.servers))
+    admin = Admin(KafkaOptions(servers=kafka.servers))
     try:
         states = admin.describe(names)
     finally:
@@ -260,7 +260,7 @@ def test_failed_constructors_leave_no_thread_behind(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(workers, "BOOTSTRAP_TIMEOUT_MS", 50)
     before = threading.active_count()
     for _ in range(2):
-        failing_constructor(workers.Admin)
+        failing_constructor(Admin)
         failing_constructor(lambda options: workers.Consumer(options, "test"))
         failing_constructor(lambda options: workers.Producer(options, "test", None, 0))
     assert threading.active_count() == before
