@@ -20,7 +20,7 @@ from mqtt_trio.broker.bursts import Bursts
 from mqtt_trio.broker.connect import Handshakes
 from mqtt_trio.broker.connections import Connections
 from mqtt_trio.broker.delivery import Sender
-from mqtt_trio.broker.events import Event, EventSink, Subscribed, Unsubscribed
+from mqtt_trio.broker.events import Event, EventSink
 from mqtt_trio.broker.inbound import Inbound
 from mqtt_trio.broker.journal import Journal
 from mqtt_trio.broker.keeper import Keeper
@@ -28,14 +28,15 @@ from mqtt_trio.broker.limits import Limits
 from mqtt_trio.broker.message import Message
 from mqtt_trio.broker.metrics import Metrics
 from mqtt_trio.broker.outbox import ClientLink, Outbox
-from mqtt_trio.broker.reasons import NO_SUCH_IDENTIFIER, why_not_subscribed
+from mqtt_trio.broker.reasons import NO_SUCH_IDENTIFIER
 from mqtt_trio.broker.retained import RetainedMessages
 from mqtt_trio.broker.router import Router, SubscriptionOptions
 from mqtt_trio.broker.session import Session, qos_of
 from mqtt_trio.broker.shares import ShareGroup, Shares
+from mqtt_trio.broker.subscriptions import Subscriptions
 from mqtt_trio.broker.tap import FrameRun, Hold, Refused, Tap, TapRoute
 from mqtt_trio.errors import LocalProtocolError
-from mqtt_trio.protocol.codes import PacketType, ProtocolVersion, ReasonCode
+from mqtt_trio.protocol.codes import PacketType, ReasonCode
 from mqtt_trio.protocol.packets import (
     Auth,
     Disconnect,
@@ -47,12 +48,10 @@ from mqtt_trio.protocol.packets import (
     Publish,
     PubRec,
     PubRel,
-    SubAck,
     Subscribe,
-    UnsubAck,
     Unsubscribe,
 )
-from mqtt_trio.protocol.topics import is_system_topic, split_shared
+from mqtt_trio.protocol.topics import is_system_topic
 from mqtt_trio.protocol.wire import MAXIMUM_POSSIBLE_PACKET_SIZE
 
 AUDIENCES: Final = 100_000
@@ -119,6 +118,7 @@ class Broker:
         self.bursts = Bursts(self)
         self.sender.bursts = self.bursts
         self.inbound = Inbound(self)
+        self.subscriptions = Subscriptions(self)
         self.connections = Connections(self)
         self.handshakes = Handshakes(self, authentication_methods)
         self._handlers: dict[type[Packet], Callable[[ClientLink, Session, Packet, float], bool]] = {
@@ -127,8 +127,8 @@ class Broker:
             PubRec: self._pubrec,
             PubRel: self.inbound.pubrel,
             PubComp: self._pubcomp,
-            Subscribe: self._subscribe,
-            Unsubscribe: self._unsubscribe,
+            Subscribe: self.subscriptions.subscribe,
+            Unsubscribe: self.subscriptions.unsubscribe,
             PingReq: self._pingreq,
             Disconnect: self.connections.disconnect,
             Auth: self.handshakes.auth,
@@ -328,12 +328,12 @@ class Broker:
 
     def reply(self, link: ClientLink, packet: Packet) -> None:
         """Put a control packet into the client's outbox; one that the client does not take ends it."""
-        if (frame := self._encoded(link, packet)) is not None:
+        if (frame := self.encoded(link, packet)) is not None:
             self.metrics.packets_sent += 1
             link.outbox.put(frame)
 
     @staticmethod
-    def _encoded(link: ClientLink, packet: Packet) -> bytes | None:
+    def encoded(link: ClientLink, packet: Packet) -> bytes | None:
         """Encode a control packet, or end the client that does not take it."""
         try:
             return link.connection.encode(packet)
@@ -342,22 +342,6 @@ class Broker:
                 raise  # it asked for no maximum: our bug
             link.end(ReasonCode.PACKET_TOO_LARGE, str(exc))  # [MQTT5-3.1.2-24]
             return None
-
-    def reply_kept(self, link: ClientLink, packet: SubAck | UnsubAck) -> None:
-        """Confirm subscriptions once the store has them, where the session is kept; while the store fails, at once."""
-        if link.session is None or not link.session.number or self.journal.failing is not None:
-            self.reply(link, packet)
-        elif (frame := self._encoded(link, packet)) is not None:
-            self.journal.hold(link.outbox).replies.append(frame)
-
-    def _must_wait(self, link: ClientLink) -> bool:
-        """Whether as many SUBACKs and UNSUBACKs wait for the store as Receive Maximum allows acknowledgements; then the
-        client is paused."""
-        held = link.outbox.held
-        if not held or len(held[-1].replies) < self.limits.receive_maximum:
-            return False
-        self.stall(link)
-        return True
 
     def _puback(self, link: ClientLink, session: Session, packet: Packet, now: float) -> bool:
         assert isinstance(packet, PubAck)
@@ -383,97 +367,6 @@ class Broker:
 
     def _pingreq(self, link: ClientLink, session: Session, packet: Packet, now: float) -> bool:
         self.reply(link, PingResp())  # [MQTT5-3.12.4-1]
-        return True
-
-    def _subscribe(self, link: ClientLink, session: Session, packet: Packet, now: float) -> bool:
-        assert isinstance(packet, Subscribe)
-        if self._must_wait(link):
-            return False
-        codes: list[ReasonCode] = []
-        wanted: list[SubscriptionOptions] = []
-        shared = False
-        for subscription in packet.subscriptions:
-            options = SubscriptionOptions.of(subscription, packet.subscription_identifier)
-            code, is_new = self._subscribe_one(session, options, now)
-            codes.append(code)
-            if code >= 0x80:
-                continue
-            if split_shared(options.topic_filter)[0] is not None:
-                shared = True  # nobody gets retained messages by it [MQTT5-4.8.2]
-            elif options.retain_handling == 0 or (options.retain_handling == 1 and is_new):
-                wanted.append(options)  # [MQTT5-3.3.1-9] to [MQTT5-3.3.1-11]
-        if link.connection.protocol_version is ProtocolVersion.MQTT_3_1:
-            # 3.1 has no code for a failure; it gets what it asked for confirmed, as from mosquitto, and no messages.
-            asked = [ReasonCode(subscription.qos) for subscription in packet.subscriptions]
-            codes = [qos if code >= 0x80 else code for code, qos in zip(codes, asked, strict=True)]
-        self.reply_kept(link, SubAck(packet.packet_id, tuple(codes), why_not_subscribed(codes, self.limits)))
-        if wanted:
-            for options in wanted:
-                self.bursts.cancel(session, options.topic_filter)
-            for options in wanted:
-                self.bursts.begin(session, options)
-            self.sender.pump(session, now)
-        if shared:
-            self.shares.arrived(session, now)
-        return True
-
-    def _subscribe_one(self, session: Session, options: SubscriptionOptions, now: float) -> tuple[ReasonCode, bool]:
-        """Make one subscription; return its reason code and whether the filter is new to the session."""
-        topic_filter = options.topic_filter
-        is_new = topic_filter not in session.subscriptions
-        share_name, inner_filter = split_shared(topic_filter)
-        if inner_filter.count("/") >= self.limits.topic_levels:
-            return ReasonCode.TOPIC_FILTER_INVALID, False
-        if is_new and (
-            len(session.subscriptions) >= self.limits.subscriptions_per_client
-            or self.metrics.subscriptions >= self.limits.subscriptions
-        ):
-            self.metrics.subscriptions_refused += 1
-            return ReasonCode.QUOTA_EXCEEDED, False
-        if not self.authorizer.may_subscribe(self.principal(session), inner_filter):
-            return ReasonCode.NOT_AUTHORIZED, False
-        session.subscriptions[topic_filter] = options
-        if session.number:
-            self.keeper.subscribed(session, options)
-        if share_name is not None:
-            self.shares.join(session, options)
-        else:
-            if not is_new:
-                session.forget_routes()
-            self.router.subscribe(topic_filter, session, options)  # replaces an equal filter [MQTT5-3.8.4-3]
-        self.metrics.subscriptions += is_new
-        self.emit(
-            Subscribed(
-                at=now + self.wall_offset,
-                client_id=session.client_id,
-                topic_filter=topic_filter,
-                qos=options.qos,
-                replaced=not is_new,
-            )
-        )
-        return ReasonCode(options.qos), is_new
-
-    def _unsubscribe(self, link: ClientLink, session: Session, packet: Packet, now: float) -> bool:
-        assert isinstance(packet, Unsubscribe)
-        if self._must_wait(link):
-            return False
-        codes = []
-        for topic_filter in packet.topic_filters:
-            if session.subscriptions.pop(topic_filter, None) is None:
-                codes.append(ReasonCode.NO_SUBSCRIPTION_EXISTED)
-                continue
-            self.bursts.cancel(session, topic_filter)
-            if topic_filter in session.shares:
-                self.shares.leave(session, topic_filter)
-            else:
-                self.router.unsubscribe(topic_filter, session)
-                session.forget_routes()
-            if session.number:
-                self.keeper.unsubscribed(session, topic_filter)
-            self.metrics.subscriptions -= 1
-            codes.append(ReasonCode.SUCCESS)
-            self.emit(Unsubscribed(at=now + self.wall_offset, client_id=session.client_id, topic_filter=topic_filter))
-        self.reply_kept(link, UnsubAck(packet.packet_id, tuple(codes)))
         return True
 
     # Publishing from inside
