@@ -32,7 +32,7 @@ from mqtt_trio.commands.failures import (
     reason_text,
 )
 from mqtt_trio.commands.properties import message_properties
-from mqtt_trio.commands.runner import Terminal, report, run_command
+from mqtt_trio.commands.runner import Terminal, report, run_client
 from mqtt_trio.errors import LocalProtocolError, MqttTrioError
 from mqtt_trio.protocol.codes import QoS, ReasonCode
 from mqtt_trio.protocol.packets import (
@@ -85,17 +85,10 @@ def run(arguments: Sequence[str]) -> int:
     except MqttTrioError as exc:
         return report("pub", exc)
 
-    async def command(terminal: Terminal) -> int:
-        session = Session(
-            opener=connection.endpoint.open,
-            where=str(connection.endpoint),
-            connect=connection.connect,
-            disconnect=connection.disconnect,
-            log=terminal.say if parsed.debug else None,
-        )
+    async def command(session: Session, terminal: Terminal) -> int:
         return await Publisher(options, terminal).run(session)
 
-    return run_command("pub", command, quiet=parsed.quiet)
+    return run_client("pub", parsed, connection, command)
 
 
 def _make_parser() -> Parser:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import select
 import signal
@@ -12,6 +13,8 @@ from typing import Final
 import attrs
 import trio
 
+from mqtt_trio.commands.arguments import Connection
+from mqtt_trio.commands.client import Session
 from mqtt_trio.commands.failures import EXIT_USAGE, CommandError, UsageError
 from mqtt_trio.errors import MqttTrioError
 
@@ -65,6 +68,27 @@ def run_command(name: str, command: Callable[[Terminal], Awaitable[int]], *, qui
         return report(name, exc, quiet=quiet)
     except KeyboardInterrupt:  # before the signals were handled
         return 1
+
+
+def run_client(
+    name: str,
+    parsed: argparse.Namespace,
+    connection: Connection,
+    command: Callable[[Session, Terminal], Awaitable[int]],
+) -> int:
+    """Run a command that talks to the server of `connection`, the shared flags of `parsed`; return its exit code."""
+
+    async def with_session(terminal: Terminal) -> int:
+        session = Session(
+            opener=connection.endpoint.open,
+            where=str(connection.endpoint),
+            connect=connection.connect,
+            disconnect=connection.disconnect,
+            log=terminal.say if parsed.debug else None,
+        )
+        return await command(session, terminal)
+
+    return run_command(name, with_session, quiet=parsed.quiet)
 
 
 def report(name: str, exc: MqttTrioError, *, quiet: bool = False) -> int:

@@ -32,7 +32,7 @@ from mqtt_trio.commands.failures import (
 )
 from mqtt_trio.commands.message_json import InvalidPayloadError
 from mqtt_trio.commands.output import Arrived, Printer, formatted, plain, verbose
-from mqtt_trio.commands.runner import Terminal, report, run_command
+from mqtt_trio.commands.runner import Terminal, report, run_client
 from mqtt_trio.errors import MqttTrioError
 from mqtt_trio.protocol.codes import ProtocolVersion, QoS, ReasonCode
 from mqtt_trio.protocol.packets import (
@@ -94,17 +94,10 @@ def run(arguments: Sequence[str]) -> int:
     except MqttTrioError as exc:
         return report("sub", exc)
 
-    async def command(terminal: Terminal) -> int:
-        session = Session(
-            opener=connection.endpoint.open,
-            where=str(connection.endpoint),
-            connect=connection.connect,
-            disconnect=connection.disconnect,
-            log=terminal.say if parsed.debug else None,
-        )
+    async def command(session: Session, terminal: Terminal) -> int:
         return await Subscriber(options, terminal, session).run()
 
-    return run_command("sub", command, quiet=parsed.quiet)
+    return run_client("sub", parsed, connection, command)
 
 
 def _make_parser() -> Parser:
