@@ -1,14 +1,18 @@
 """Fixtures with a real Apache Kafka. `conftest.py` brings them to every test; such tests carry the mark `kafka`.
 
 `kafka` is one node for the whole test run: tests keep apart by topic names of their own (`unique_name`). `own_kafka` is
-a node of one test alone, which may stop and kill it. Nodes are started through scripts/kafka on free ports; each is
-ended by its pid, also when a test fails or is interrupted.
+a node of one test alone, which may stop and kill it. `three_kafkas` is a cluster of three nodes for the whole test run,
+started for the first test that asks for it; tests may kill its nodes one at a time, and find all three running at their
+start. Nodes are started through scripts/kafka on free ports; each is ended by its pid, also when a test fails or is
+interrupted.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -69,16 +73,78 @@ class KafkaNode:
         self._run("kill")
 
     def _run(self, command: str, *arguments: str) -> str:
-        result = subprocess.run(
-            [sys.executable, str(SCRIPT), command, "--dir", str(self.folder), "--name", self.name, *arguments],
-            capture_output=True,
-            text=True,
-            timeout=COMMAND_TIMEOUT,
-            check=False,
-        )
-        if result.returncode != 0:
-            raise RuntimeError(result.stderr.strip() or result.stdout.strip())
-        return result.stdout
+        return run_script(command, "--dir", str(self.folder), "--name", self.name, *arguments)
+
+
+@attrs.define
+class KafkaCluster:
+    """Nodes 1 to `brokers` that scripts/kafka runs as one cluster: replication factor 3, two in sync.
+
+    All methods block; those with a `node` mean that one alone, None: all.
+    """
+
+    folder: Path
+    """Folder of the cluster's folder."""
+    name: str
+    brokers: int = 3
+    ports: dict[int, int] = attrs.field(factory=dict)
+    """Node id -> port, after the first start."""
+
+    @property
+    def servers(self) -> str:
+        """Value for `Kafka.Servers` and for `bootstrap_servers`."""
+        return ",".join(f"127.0.0.1:{port}" for port in self.ports.values())
+
+    def start(self, node: int | None = None) -> None:
+        """Start what does not run, with the ports and data it had, and wait until it serves.
+
+        Raises:
+          RuntimeError: it did not start; the message holds the end of its logs.
+        """
+        brokers = () if node else ("--brokers", str(self.brokers))
+        output = self._run("start", node, "--port", "0", *brokers)
+        if node is None:
+            self.ports = dict(enumerate(map(int, re.findall(r"127\.0\.0\.1:(\d+)", output)), start=1))
+
+    def stop(self, node: int | None = None) -> None:
+        """End in order (SIGTERM)."""
+        self._run("stop", node)
+
+    def kill(self, node: int | None = None) -> None:
+        """End as a crash would (SIGKILL)."""
+        self._run("kill", node)
+
+    def pause(self, node: int | None = None) -> None:
+        """Freeze (SIGSTOP): connections stand, nothing answers."""
+        self._run("pause", node)
+
+    def resume(self, node: int | None = None) -> None:
+        """Undo `pause`; a node that runs does not mind."""
+        self._run("resume", node)
+
+    def resume_all(self) -> None:
+        """Let go on whatever is paused; killed nodes are left alone."""
+        for node in self.ports:
+            with contextlib.suppress(RuntimeError):  # not running
+                self.resume(node)
+
+    def _run(self, command: str, node: int | None, *arguments: str) -> str:
+        one = () if node is None else ("--node", str(node))
+        return run_script(command, "--dir", str(self.folder), "--name", self.name, *one, *arguments)
+
+
+def run_script(*arguments: str) -> str:
+    """Run scripts/kafka and return what it printed.
+
+    Raises:
+      RuntimeError: it failed; the message is its own.
+    """
+    result = subprocess.run(
+        [sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, timeout=COMMAND_TIMEOUT, check=False
+    )
+    if result.returncode != 0:
+        raise RuntimeError(result.stderr.strip() or result.stdout.strip())
+    return result.stdout
 
 
 def run_node(folder: Path, name: str) -> Iterator[KafkaNode]:
@@ -101,3 +167,22 @@ def kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KafkaNode]:
 def own_kafka(tmp_path: Path) -> Iterator[KafkaNode]:
     """A node of this test alone, which may stop, kill and start it."""
     yield from run_node(tmp_path, "own")
+
+
+@pytest.fixture(scope="session")
+def shared_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KafkaCluster]:
+    """The cluster behind `three_kafkas`."""
+    cluster = KafkaCluster(tmp_path_factory.mktemp("kafka"), "three")
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.kill()
+
+
+@pytest.fixture
+def three_kafkas(shared_cluster: KafkaCluster) -> KafkaCluster:
+    """Three nodes of which a test may kill, pause and start one at a time; what an earlier test killed runs again."""
+    shared_cluster.resume_all()
+    shared_cluster.start()
+    return shared_cluster

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kafka_support import SCRIPT, KafkaNode, run_node, unique_name
+from tests.kafka_support import SCRIPT, KafkaCluster, KafkaNode, run_node, unique_name
 
 LOOPBACK = "127.0.0.1"
 
@@ -49,6 +49,56 @@ def test_records_survive_a_crash_of_the_node(own_kafka: KafkaNode) -> None:
     records = consumer.poll(timeout_ms=10_000)
     consumer.close()
     assert [record.value for record in records[partition]] == [b"before"]
+
+
+@pytest.mark.kafka
+def test_three_nodes_lose_one_and_nothing_else(three_kafkas: KafkaCluster) -> None:
+    kafka = pytest.importorskip("kafka")
+    pytest.importorskip("gateways.kafka.workers")  # closes the sockets that kafka-python forgets when a node is dead
+    topic = unique_name("three")
+    admin = kafka.KafkaAdminClient(bootstrap_servers=three_kafkas.servers)
+    assert len(admin.describe_cluster()["brokers"]) == 3
+    admin.create_topics({topic: {"num_partitions": 1, "replication_factor": 3}}, wait_for_metadata=True)
+    leader = admin.describe_topics([topic])[0]["partitions"][0]["leader_id"]
+    admin.close()
+    producer = kafka.KafkaProducer(bootstrap_servers=three_kafkas.servers, reconnect_backoff_max_ms=500)
+    producer.send(topic, b"before", partition=0).get(10)
+
+    three_kafkas.kill(leader)
+    producer.send(topic, b"meanwhile", partition=0).get(30)  # another node leads now
+    three_kafkas.start(leader)
+    other = leader % 3 + 1
+    three_kafkas.pause(other)
+    assert (
+        "is paused" in call("status", "--dir", str(three_kafkas.folder), "--name", "three", "--node", str(other)).stdout
+    )
+    three_kafkas.resume(other)
+    producer.send(topic, b"after", partition=0).get(30)
+    producer.close(5)
+
+    consumer = kafka.KafkaConsumer(bootstrap_servers=three_kafkas.servers, auto_offset_reset="earliest")
+    partition = kafka.TopicPartition(topic, 0)
+    consumer.assign([partition])
+    values: list[bytes] = []
+    for _ in range(20):
+        values += [record.value for record in consumer.poll(timeout_ms=1000).get(partition, [])]
+        if len(values) == 3:
+            break
+    consumer.close()
+    assert values == [b"before", b"meanwhile", b"after"]
+
+
+@pytest.mark.kafka
+def test_what_a_cluster_is_does_not_change_with_its_data(three_kafkas: KafkaCluster) -> None:
+    where = ("--dir", str(three_kafkas.folder), "--name", three_kafkas.name)
+    fewer = call("start", "--port", "0", "--brokers", "2", *where)
+    assert (fewer.returncode, fewer.stderr) == (
+        1,
+        f"scripts/kafka: {three_kafkas.folder / 'three'} holds the data of 3 brokers; --fresh removes them\n",
+    )
+    stranger = call("kill", "--node", "4", *where)
+    assert (stranger.returncode, stranger.stderr.count("\n")) == (1, 1)
+    assert "has no node 4; its nodes: 1, 2, 3" in stranger.stderr
 
 
 @pytest.mark.kafka
@@ -130,7 +180,16 @@ def test_an_old_java_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [("start", "--port", "0"), ("stop", "--fresh"), ("start", "--name", "../up"), ("restart",)]
+    "arguments",
+    [
+        ("start", "--port", "0"),
+        ("stop", "--fresh"),
+        ("start", "--name", "../up"),
+        ("restart",),
+        ("start", "--brokers", "0"),
+        ("stop", "--brokers", "3"),
+        ("start", "--brokers", "3", "--node", "1"),
+    ],
 )
 def test_wrong_usage_exits_with_2(arguments: tuple[str, ...]) -> None:
     assert call(*arguments).returncode == 2
