@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable, Sequence
 
 import attrs
+
+from mqtt_trio.errors import GatewayError
+from mqtt_trio.gateway import Message
 
 RECORD_OVERHEAD = 70
 """Bytes that a record takes in its batch beside key, value and headers, at most (varints, CRC share, batch header)."""
@@ -12,6 +16,35 @@ HEADER_OVERHEAD = 10
 """Bytes that a header takes beside its key and value, at most."""
 
 Headers = Sequence[tuple[str, bytes]]
+
+
+class Reason(enum.StrEnum):
+    """Why a message or a record ended as a dead letter."""
+
+    TOO_LARGE = "too_large"
+    """The record exceeds max.message.bytes of its topic, or what one request may hold."""
+    REFUSED = "refused"
+    """Kafka refuses the record for what it is."""
+    NO_TOPIC = "no_topic"
+    """There is no topic to write it to, and nobody made one in time."""
+    DENIED = "denied"
+    """This node may not write to the topic, and nobody allowed it in time."""
+    UNENCODABLE = "unencodable"
+    """No record can be made of the message."""
+    MALFORMED = "malformed"
+    """A record that was read is none of ours."""
+    UNKNOWN_VERSION = "unknown_version"
+    """A record that was read has a format version that this node does not know."""
+    UNDELIVERED = "undelivered"
+    """A record that was read met an error on its way to the subscribers."""
+
+
+class RecordRefusedError(GatewayError):
+    """A record can never be stored. It becomes a dead letter with `reason`."""
+
+    def __init__(self, text: str, reason: Reason) -> None:
+        super().__init__(text, retriable=False)
+        self.reason = reason
 
 
 @attrs.define(eq=False)
@@ -29,6 +62,8 @@ class Record:
     done: Callable[[Exception | None], None] | None = None
     messages: int = 1
     """How many MQTT messages the record carries; for counters."""
+    message: Message | None = None
+    """The one message that the record was made of, for its dead letter; None: there is none, or there are many."""
     size: int = attrs.field(init=False, default=0)
     """Bytes that the record counts for in windows and against max.message.bytes (set by `ProducerBridge.offer`)."""
     sent_at: float = attrs.field(init=False, default=0.0)
