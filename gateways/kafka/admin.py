@@ -7,28 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import Final
+from typing import Any, Final
 
-import attrs
 import kafka.errors as kafka_errors
 from kafka.admin import ConfigResource, ConfigResourceType, KafkaAdminClient
 
 from gateways.kafka.options import KafkaOptions
+from gateways.kafka.topic_plan import DENIED, TopicState
 from gateways.kafka.workers import common_config, leak_safe
 
 ADMIN_TIMEOUT_MS: Final = 10_000
-
-
-@attrs.frozen(kw_only=True)
-class TopicState:
-    """A topic as it stands in the cluster."""
-
-    partitions: int
-    replication_factor: int
-    leaders: bool
-    """Each partition has a leader."""
-    config: Mapping[str, str]
-    """Effective properties; empty when we may not see them."""
 
 
 class Admin:
@@ -48,14 +36,17 @@ class Admin:
         """Return how many brokers are alive."""
         return len(self._admin.describe_cluster()["brokers"])
 
-    def describe(self, names: Sequence[str]) -> dict[str, TopicState]:
-        """Return those of the topics that exist and that we may see."""
-        found = {}
+    def describe(self, names: Sequence[str]) -> dict[str, TopicState | None]:
+        """Return the topics that exist; None for one that this user may not see, whether it exists or not."""
+        found: dict[str, Any] = {}
+        hidden: dict[str, None] = {}
         for topic in self._admin.describe_topics(list(names)):
-            if topic["error_code"] == 0 and topic["partitions"]:
+            if topic["error_code"] == kafka_errors.TopicAuthorizationFailedError.errno:
+                hidden[topic["name"]] = None
+            elif topic["error_code"] == 0 and topic["partitions"]:
                 found[topic["name"]] = topic["partitions"]
         config = self._config_of(list(found))
-        return {
+        states = {
             name: TopicState(
                 partitions=len(partitions),
                 replication_factor=len(partitions[0]["replica_nodes"]),
@@ -64,31 +55,56 @@ class Admin:
             )
             for name, partitions in found.items()
         }
+        return {**states, **hidden}
 
     def _config_of(self, names: list[str]) -> dict[str, dict[str, str]]:
         if not names:
             return {}
         resources = [ConfigResource(ConfigResourceType.TOPIC, name) for name in names]
         answer = self._admin.describe_configs(resources, config_filter="all").get("topic", {})
-        return {name: {key: str(facts["value"]) for key, facts in table.items()} for name, table in answer.items()}
+        return {  # without DESCRIBE_CONFIGS the answer is an empty table, as for a topic that does not exist
+            name: {key: "" if facts["value"] is None else str(facts["value"]) for key, facts in table.items()}
+            for name, table in answer.items()
+        }
 
     def create(self, name: str, partitions: int, replication_factor: int, config: Mapping[str, str]) -> str | None:
         """Create a topic; one that exists is fine.
 
         Returns:
-          None; or why not: `denied`, or the broker's words.
+          None; or why not: DENIED, or the broker's words.
         """
         facts = {"num_partitions": partitions, "replication_factor": replication_factor, "configs": dict(config)}
         answer = self._admin.create_topics({name: facts}, timeout_ms=ADMIN_TIMEOUT_MS, raise_errors=False)
-        error: type[kafka_errors.KafkaError] = kafka_errors.for_code(answer["topics"][0]["error_code"])
-        if error in (kafka_errors.NoError, kafka_errors.TopicAlreadyExistsError):
+        return _outcome(answer["topics"][0], kafka_errors.TopicAlreadyExistsError)
+
+    def grow(self, name: str, partitions: int) -> str | None:
+        """Give a topic more partitions; return as `create`."""
+        answer = self._admin.create_partitions({name: partitions}, timeout_ms=ADMIN_TIMEOUT_MS, raise_errors=False)
+        return _outcome(answer["results"][0])
+
+    def configure(self, name: str, config: Mapping[str, str]) -> str | None:
+        """Set properties of a topic, leave its others alone; return as `create`."""
+        resource = ConfigResource(ConfigResourceType.TOPIC, name, configs=dict(config))
+        # What is unknown is told by the broker, in the answer: the client's own check cannot tell it from a topic that
+        # is gone or whose properties may not be seen.
+        answer = self._admin.alter_configs([resource], raise_on_unknown=False, incremental=True)
+        text: str = answer["topic"][name]
+        if text == "OK":
             return None
-        if error in (kafka_errors.TopicAuthorizationFailedError, kafka_errors.ClusterAuthorizationFailedError):
-            return "denied"
-        text = answer["topics"][0].get("error_message")
-        return f"{error.__name__}: {text}" if text else error.__name__
+        denied = (kafka_errors.TopicAuthorizationFailedError, kafka_errors.ClusterAuthorizationFailedError)
+        return DENIED if any(error.__name__ in text for error in denied) else text
 
     def close(self) -> None:
         """Close the client and its thread."""
         with suppress(Exception):
             self._admin.close()
+
+
+def _outcome(answer: Mapping[str, Any], *fine: type[kafka_errors.KafkaError]) -> str | None:
+    error: type[kafka_errors.KafkaError] = kafka_errors.for_code(answer["error_code"])
+    if error in (kafka_errors.NoError, *fine):
+        return None
+    if error in (kafka_errors.TopicAuthorizationFailedError, kafka_errors.ClusterAuthorizationFailedError):
+        return DENIED
+    text = answer.get("error_message")
+    return f"{error.__name__}: {text}" if text else error.__name__

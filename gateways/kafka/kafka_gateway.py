@@ -17,7 +17,8 @@ from gateways.kafka.mapping import JsonMapper, TimestampFormat
 from gateways.kafka.options import KafkaOptions
 from gateways.kafka.poller import Assignment
 from gateways.kafka.records import ConsumedRecord
-from gateways.kafka.topics import DEFAULTS, TopicManager, plan_topics
+from gateways.kafka.topic_plan import DEFAULTS, plan_topics
+from gateways.kafka.topics import TopicManager
 from mqtt_trio.gateway import ArchiveStore, GatewayHost
 
 if TYPE_CHECKING:

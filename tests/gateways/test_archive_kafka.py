@@ -26,7 +26,8 @@ from gateways.kafka.mapping import JsonMapper, load_schema
 from gateways.kafka.options import KafkaOptions, TopicOptions, TopicsOptions
 from gateways.kafka.partitions import partition_for
 from gateways.kafka.records import ConsumedRecord
-from gateways.kafka.topics import TopicManager, TopicPlan
+from gateways.kafka.topic_plan import TopicPlan
+from gateways.kafka.topics import TopicManager
 from gateways.kafka.workers import probe, quiet_loggers
 from mqtt_trio.errors import ConfigError
 from mqtt_trio.gateway import Message, MessageProperties, Outcome
@@ -322,13 +323,8 @@ async def test_the_gateway_archives_into_topics_that_it_made(own_kafka: KafkaNod
     finally:
         admin.close()
     assert topics == {
-        "mqtt.messages": 12,
         "mqtt.archive": 4,
-        "mqtt.events": 3,
-        "mqtt.metrics": 3,
         "mqtt.dlq": 3,
-        "monster": 12,
-        "mqtt.retained": 12,
         "mqtt.sensors": 4,
     }
     assert len(await read_back(own_kafka.servers, "mqtt.sensors", 2)) == 2

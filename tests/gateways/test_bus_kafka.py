@@ -15,7 +15,8 @@ from gateways.kafka.bus_records import split_frames
 from gateways.kafka.cluster import Cluster
 from gateways.kafka.options import BusOptions, KafkaOptions, TopicOptions, TopicsOptions
 from gateways.kafka.records import ConsumedRecord
-from gateways.kafka.topics import TopicManager, plan_topics
+from gateways.kafka.topic_plan import plan_topics
+from gateways.kafka.topics import TopicManager
 from mqtt_trio.errors import StartError
 from mqtt_trio.gateway import FrameRun, Hold, Message
 from tests.gateways.memory_bus import NOW, FakeHost, run_of
@@ -81,7 +82,7 @@ class RealCluster:
 
     async def start(self, node_id: str, **settings: int) -> RealNode:
         topics = TopicsOptions(retained=TopicOptions(name=self.retained))
-        options = KafkaOptions(servers=self.servers, bus=BusOptions(topic=self.topic), topics=topics)
+        options = KafkaOptions(servers=self.servers, bus=BusOptions(enabled=True, topic=self.topic), topics=topics)
         cluster = Cluster(options.server_names)
         host = FakeHost(node_id, os.urandom(16))
         producer = ProducerBridge(

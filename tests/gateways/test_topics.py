@@ -12,14 +12,20 @@ import pytest
 import trio
 
 from gateways.kafka import workers
-from gateways.kafka.admin import Admin, TopicState
+from gateways.kafka.admin import Admin
 from gateways.kafka.cluster import Cluster
-from gateways.kafka.options import BusOptions, KafkaOptions, TopicOptions, TopicsOptions
-from gateways.kafka.topics import TopicManager, TopicPlan, drift, plan_topics
+from gateways.kafka.options import BusOptions, KafkaOptions, MetricsOptions, TopicOptions, TopicsOptions
+from gateways.kafka.topic_plan import DENIED, TopicPlan, TopicState, plan_topics
+from gateways.kafka.topics import TopicManager, survey
 from tests.kafka_support import KafkaNode, unique_name
 
 DAY = 24 * 3600 * 1000
-OPTIONS = KafkaOptions(servers="kafka:9092")
+EVERYTHING = TopicsOptions(messages=TopicOptions(enabled=True), events=TopicOptions(enabled=True))
+OPTIONS = KafkaOptions(
+    servers="kafka:9092", bus=BusOptions(enabled=True), metrics=MetricsOptions(enabled=True), topics=EVERYTHING
+)
+"""Every feature that has a topic is on."""
+PLANS = plan_topics(OPTIONS, [None])
 
 
 class FakeAdmin:
@@ -29,6 +35,7 @@ class FakeAdmin:
         self.brokers = brokers
         self.refusal = refusal
         self.topics: dict[str, TopicState] = {}
+        self.hidden: set[str] = set()
         self.created: list[str] = []
         self.failures: list[Exception] = []
         self.closed = 0
@@ -36,10 +43,11 @@ class FakeAdmin:
     def broker_count(self) -> int:
         return self.brokers
 
-    def describe(self, names: Sequence[str]) -> Mapping[str, TopicState]:
+    def describe(self, names: Sequence[str]) -> Mapping[str, TopicState | None]:
         if self.failures:
             raise self.failures.pop()
-        return {name: self.topics[name] for name in names if name in self.topics}
+        hidden = dict.fromkeys(self.hidden.intersection(names))
+        return {name: self.topics[name] for name in names if name in self.topics} | hidden
 
     def create(self, name: str, partitions: int, replication_factor: int, config: Mapping[str, str]) -> str | None:
         if self.refusal is not None:
@@ -64,54 +72,11 @@ async def keep(cluster: Cluster, plans: Sequence[TopicPlan], admin: FakeAdmin, u
             nursery.cancel_scope.cancel()
 
 
-def test_the_plan_is_the_one_of_the_requirements() -> None:
-    plans = {plan.name: plan for plan in plan_topics(OPTIONS)}
-    facts = {
-        name: (plan.partitions, plan.config.get("retention.ms"), plan.config.get("compression.type"))
-        for name, plan in plans.items()
-    }
-    assert facts == {
-        "mqtt.messages": (12, str(7 * DAY), "lz4"),
-        "mqtt.archive": (12, str(30 * DAY), "gzip"),
-        "mqtt.events": (3, str(7 * DAY), None),
-        "mqtt.metrics": (3, str(DAY), None),
-        "mqtt.dlq": (3, str(30 * DAY), None),
-        "monster": (12, str(DAY), "lz4"),
-        "mqtt.retained": (12, None, None),
-    }
-    assert plans["mqtt.retained"].config["cleanup.policy"] == "compact"
-
-
-def test_the_plan_follows_the_configuration() -> None:
-    topics = TopicsOptions(
-        archive=TopicOptions(partitions=24, replication_factor=2, config={"retention.ms": 1, "preallocate": True}),
-        events=TopicOptions(enabled=False),
-        dlq=TopicOptions(name="errors"),
-    )
-    options = KafkaOptions(servers="k", topics=topics, bus=BusOptions(topic="b"))
-    plans = {plan.name: plan for plan in plan_topics(options, ["mqtt.sensors", "mqtt.archive"])}
-    assert plans.keys() == {
-        "mqtt.messages",
-        "mqtt.archive",
-        "mqtt.metrics",
-        "errors",
-        "b",
-        "mqtt.retained",
-        "mqtt.sensors",
-    }
-    for name in ("mqtt.archive", "mqtt.sensors"):  # a group's own topic is made like the archive topic
-        assert plans[name].partitions == 24
-        assert plans[name].replication_factor == 2
-        assert plans[name].config["retention.ms"] == "1"
-        assert plans[name].config["preallocate"] == "true"
-        assert plans[name].config["compression.type"] == "gzip"
-
-
 @pytest.mark.parametrize("brokers,expected", [(1, 1), (2, 2), (3, 3), (5, 3)])
 async def test_what_is_missing_is_created(brokers: int, expected: int) -> None:
     admin, cluster = FakeAdmin(brokers), Cluster(["k"])
-    await keep(cluster, plan_topics(OPTIONS), admin)
-    assert sorted(admin.created) == sorted(plan.name for plan in plan_topics(OPTIONS))
+    await keep(cluster, PLANS, admin)
+    assert sorted(admin.created) == sorted(plan.name for plan in PLANS)
     assert {topic.replication_factor for topic in admin.topics.values()} == {expected}
     facts = cluster.facts("mqtt.archive")
     assert facts is not None
@@ -120,33 +85,68 @@ async def test_what_is_missing_is_created(brokers: int, expected: int) -> None:
 
 async def test_what_exists_is_left_alone_and_its_drift_told_once(caplog: pytest.LogCaptureFixture) -> None:
     admin, cluster = FakeAdmin(), Cluster(["k"])
-    await keep(cluster, plan_topics(OPTIONS), admin)
+    await keep(cluster, PLANS, admin)
     admin.created.clear()
-    admin.topics["mqtt.dlq"] = attrs.evolve(
-        admin.topics["mqtt.dlq"], partitions=5, config={"retention.ms": "7", "max.message.bytes": "9"}
-    )
+    dlq = admin.topics["mqtt.dlq"]
+    config = {**dlq.config, "retention.ms": "7", "max.message.bytes": "9", "cleanup.policy": "compact"}
+    admin.topics["mqtt.dlq"] = attrs.evolve(dlq, partitions=5, config=config)
     again = Cluster(["k"])
     with caplog.at_level(logging.WARNING):
-        await keep(again, plan_topics(OPTIONS), admin)
+        await keep(again, PLANS, admin)
     assert admin.created == []
     assert [record.message for record in caplog.records] == [
-        f"Kafka topic mqtt.dlq has partitions 5 instead of 3, retention.ms 7 instead of {30 * DAY}; it is used as it is"
+        "Kafka topic mqtt.dlq has partitions 5 instead of 3 (Kafka cannot take partitions away; keep them: "
+        "[Kafka.Topics.Dlq] Partitions = 5), cleanup.policy compact instead of delete (Kafka keeps the last record of "
+        f"each key only), retention.ms 7 instead of {30 * DAY} (kept for 7 ms instead of 30 days); it is used as it is "
+        "(mqtt-trio topics plan)"
     ]
     facts = again.facts("mqtt.dlq")
     assert facts is not None
     assert (facts.partitions, facts.max_message_bytes) == (5, 9)
 
 
-async def test_no_right_to_create_names_the_command(caplog: pytest.LogCaptureFixture) -> None:
+CREATE = (
+    "kafka-topics.sh --bootstrap-server a:1,b:2 --create --topic t --partitions 2 --replication-factor 1"
+    " --config retention.ms=5 --config min.insync.replicas=1"
+)
+ALLOW = (
+    "kafka-acls.sh --bootstrap-server a:1,b:2 --add --allow-principal User:NAME --operation Describe"
+    " --operation DescribeConfigs --operation Read --operation Write --topic t"
+)
+
+
+@pytest.mark.parametrize(
+    "hidden,refusal,text",
+    [
+        (False, DENIED, f"is missing and this node may not create it; somebody who may: {CREATE}"),
+        (
+            True,
+            DENIED,
+            "may be neither seen nor created by this node's user; somebody who may, if there is such a topic: "
+            f"{ALLOW}; if not, also: {CREATE}",
+        ),
+        (False, "InvalidTopicError: no", "cannot be created: InvalidTopicError: no"),
+    ],
+)
+async def test_what_a_right_is_missing_for_names_the_commands(
+    hidden: bool, refusal: str, text: str, caplog: pytest.LogCaptureFixture
+) -> None:
     plan = TopicPlan(name="t", partitions=2, config={"retention.ms": "5"})
-    await keep(Cluster(["a:1", "b:2"]), [plan], FakeAdmin(refusal="denied"), until="looked")
-    command = (
-        "kafka-topics.sh --bootstrap-server a:1,b:2 --create --topic t --partitions 2 --replication-factor 1"
-        " --config retention.ms=5"
-    )
-    assert [record.message for record in caplog.records if record.levelno == logging.ERROR] == [
-        f"Kafka topic t is missing and this node may not create it; somebody who may: {command}"
-    ]
+    admin = FakeAdmin(refusal=refusal)
+    admin.hidden = {"t"} if hidden else set()
+    await keep(Cluster(["a:1", "b:2"]), [plan], admin, until="looked")
+    assert [record.message for record in caplog.records if record.levelno == logging.ERROR] == [f"Kafka topic t {text}"]
+
+
+async def test_topics_that_exist_need_no_right_to_create(caplog: pytest.LogCaptureFixture) -> None:
+    admin = FakeAdmin()
+    await keep(Cluster(["k"]), PLANS, admin)
+    admin.refusal = DENIED
+    cluster = Cluster(["k"])
+    with caplog.at_level(logging.INFO):
+        await keep(cluster, PLANS, admin)
+    assert caplog.records == []
+    assert all(cluster.facts(plan.name) is not None for plan in PLANS)
 
 
 async def test_an_outage_is_told_once_and_survived(caplog: pytest.LogCaptureFixture) -> None:
@@ -154,7 +154,7 @@ async def test_an_outage_is_told_once_and_survived(caplog: pytest.LogCaptureFixt
     admin.failures = [OSError("no"), OSError("no"), OSError("no")]
     cluster = Cluster(["k"])
     with caplog.at_level(logging.WARNING):
-        await keep(cluster, plan_topics(OPTIONS), admin)
+        await keep(cluster, PLANS, admin)
     assert not cluster.is_away
     assert cluster.outages == 1
     assert [record.message for record in caplog.records] == [
@@ -166,7 +166,7 @@ async def test_an_outage_is_told_once_and_survived(caplog: pytest.LogCaptureFixt
 
 async def test_a_topic_that_vanished_is_made_again() -> None:
     admin, cluster = FakeAdmin(), Cluster(["k"])
-    manager = TopicManager(OPTIONS, cluster, plan_topics(OPTIONS), lambda: admin)
+    manager = TopicManager(OPTIONS, cluster, PLANS, lambda: admin)
     known = trio.Event()
     token = trio.lowlevel.current_trio_token()
 
@@ -184,11 +184,6 @@ async def test_a_topic_that_vanished_is_made_again() -> None:
             await known.wait()
             nursery.cancel_scope.cancel()
     assert admin.created.count("mqtt.dlq") == 1
-
-
-def test_drift_ignores_what_cannot_be_seen() -> None:
-    plan = TopicPlan(name="t", partitions=1, config={"retention.ms": "5"})
-    assert drift(plan, TopicState(partitions=1, replication_factor=3, leaders=True, config={})) == []
 
 
 @pytest.mark.parametrize(
@@ -215,8 +210,6 @@ def test_servers_have_two_names_and_two_forms() -> None:
 
 def ensure(servers: str, plans: Sequence[TopicPlan]) -> dict[str, str]:
     """Do what a starting node does about its topics; return what was refused."""
-    from gateways.kafka.topics import survey
-
     found = survey(lambda: Admin(KafkaOptions(servers=servers)), plans)
     return dict(found.refused)
 
@@ -236,13 +229,11 @@ def test_five_nodes_at_once_and_a_second_start(kafka: KafkaNode) -> None:
     assert ensure(kafka.servers, changed) == {}
     admin = Admin(KafkaOptions(servers=kafka.servers))
     try:
-        states = admin.describe(names)
+        states = [state for state in admin.describe(names).values() if state is not None]
     finally:
         admin.close()
-    assert {name: (state.partitions, state.replication_factor) for name, state in states.items()} == dict.fromkeys(
-        names, (3, 1)
-    )
-    assert {state.config["retention.ms"] for state in states.values()} == {"123456"}
+    assert [(state.partitions, state.replication_factor) for state in states] == [(3, 1)] * 3
+    assert {state.config["retention.ms"] for state in states} == {"123456"}
 
 
 @pytest.mark.kafka
