@@ -43,6 +43,8 @@ class Keeper:
         space goes on taking what needs none: that is no end of the outage, it only lets the next message try."""
         self._brings_messages = False
         """Whether the batch that is out does."""
+        self._rows = 0
+        """Rows of messages in it."""
 
     # Sessions
 
@@ -160,6 +162,7 @@ class Keeper:
         broker, journal = self.broker, self.journal
         batch = journal.take()
         self._brings_messages = batch.brings_messages
+        self._rows = len(batch.deliveries) + len(batch.moves) + len(batch.done)
         if id(journal) in broker.stopped:
             broker.resume_publishers(journal)
         return batch
@@ -171,6 +174,7 @@ class Keeper:
             broker.emit(OutageEnded(at=now + broker.wall_offset, system="store", duration=now - self.outage_since))
             self.outage_since = None
         broker.metrics.store_commits += 1
+        broker.metrics.store_rows += self._rows
         for outbox in journal.committed():
             while outbox.held and outbox.held[0].number <= journal.done_number:
                 self._release(outbox, outbox.held.pop(0))

@@ -51,6 +51,8 @@ class Metrics:
 
     store_commits: int = 0
     """Batches of changes that the store has taken."""
+    store_rows: int = 0
+    """Rows of messages that they wrote, changed or removed."""
     store_failures: int = 0
     """Times that the store could not take a batch; it is offered again."""
 
