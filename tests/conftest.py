@@ -7,6 +7,7 @@ import pytest
 from mqtt_trio.testing import memory_broker as memory_broker
 from tests.kafka_support import kafka as kafka
 from tests.kafka_support import own_kafka as own_kafka
+from tests.kafka_support import secure_kafka as secure_kafka
 from tests.kafka_support import shared_cluster as shared_cluster
 from tests.kafka_support import three_kafkas as three_kafkas
 

@@ -3,20 +3,22 @@
 `kafka` is one node for the whole test run: tests keep apart by topic names of their own (`unique_name`). `own_kafka` is
 a node of one test alone, which may stop and kill it. `three_kafkas` is a cluster of three nodes for the whole test run,
 started for the first test that asks for it; tests may kill its nodes one at a time, and find all three running at their
-start. Nodes are started through scripts/kafka on free ports; each is ended by its pid, also when a test fails or is
-interrupted.
+start. `secure_kafka` is a node with secured listeners for the whole run. Nodes are started through scripts/kafka on
+free ports; each is ended by its pid, also when a test fails or is interrupted.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import ClassVar, TypeVar
 
 import attrs
 import pytest
@@ -26,6 +28,7 @@ COMMAND_TIMEOUT = 300.0
 """Seconds; the first start of all fetches the jars."""
 
 _numbers = itertools.count(1)
+AnyNode = TypeVar("AnyNode", bound="KafkaNode")
 
 
 def unique_name(prefix: str) -> str:
@@ -74,6 +77,37 @@ class KafkaNode:
 
     def _run(self, command: str, *arguments: str) -> str:
         return run_script(command, "--dir", str(self.folder), "--name", self.name, *arguments)
+
+
+@attrs.define
+class SecureKafka(KafkaNode):
+    """A node with secured listeners beside its PLAINTEXT one, as `scripts/kafka start --secure` makes it."""
+
+    PASSWORDS: ClassVar[Mapping[str, str]] = {
+        "alice": "alice-secret",
+        "bob": "bob-secret",
+        "limited": "limited-secret",
+    }
+    """alice logs in with SCRAM, bob with PLAIN, limited with either; it may do nothing, they everything. So may the
+    client certificate and an OAuth token of `oscar`."""
+    STORE_PASSWORD: ClassVar[str] = "store-secret"
+    KEY_PASSWORD: ClassVar[str] = "key-secret"
+
+    def start(self) -> None:
+        """Start the node and wait until it answers."""
+        output = self._run("start", "--secure", "--port", str(self.port))
+        self.port = int(output.partition("127.0.0.1:")[2].split()[0])
+
+    def address(self, listener: str) -> str:
+        """Return `host:port` of SASL_SSL, SSL, SASL_PLAINTEXT, EXPIRED or WRONGHOST."""
+        state = json.loads((self.folder / self.name / "node.json").read_text())
+        return f"127.0.0.1:{state['secured'][listener]}"
+
+    def file(self, name: str) -> str:
+        """Return the path of a certificate, key or store, such as `trust.jks`."""
+        path = self.folder / self.name / "tls" / name
+        assert path.exists(), path
+        return str(path)
 
 
 @attrs.define
@@ -147,9 +181,8 @@ def run_script(*arguments: str) -> str:
     return result.stdout
 
 
-def run_node(folder: Path, name: str) -> Iterator[KafkaNode]:
+def run_node(node: AnyNode) -> Iterator[AnyNode]:
     """Start a node, yield it, end it whatever happens. For fixtures: ``yield from run_node(...)``."""
-    node = KafkaNode(folder, name)
     try:
         node.start()
         yield node
@@ -160,13 +193,19 @@ def run_node(folder: Path, name: str) -> Iterator[KafkaNode]:
 @pytest.fixture(scope="session")
 def kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KafkaNode]:
     """The node of the test run; leave it running."""
-    yield from run_node(tmp_path_factory.mktemp("kafka"), "shared")
+    yield from run_node(KafkaNode(tmp_path_factory.mktemp("kafka"), "shared"))
 
 
 @pytest.fixture
 def own_kafka(tmp_path: Path) -> Iterator[KafkaNode]:
     """A node of this test alone, which may stop, kill and start it."""
-    yield from run_node(tmp_path, "own")
+    yield from run_node(KafkaNode(tmp_path, "own"))
+
+
+@pytest.fixture(scope="session")
+def secure_kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SecureKafka]:
+    """The node with secured listeners of the test run; leave it running."""
+    yield from run_node(SecureKafka(tmp_path_factory.mktemp("kafka"), "secure"))
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kafka_support import SCRIPT, KafkaCluster, KafkaNode, run_node, unique_name
+from tests.kafka_support import SCRIPT, KafkaCluster, KafkaNode, SecureKafka, run_node, unique_name
 
 LOOPBACK = "127.0.0.1"
 
@@ -102,6 +102,32 @@ def test_what_a_cluster_is_does_not_change_with_its_data(three_kafkas: KafkaClus
 
 
 @pytest.mark.kafka
+@pytest.mark.parametrize("listener", ["SASL_SSL", "SSL", "SASL_PLAINTEXT"])
+def test_secured_listeners_let_their_users_in(secure_kafka: SecureKafka, listener: str) -> None:
+    kafka = pytest.importorskip("kafka")
+    options = {
+        "security_protocol": listener,
+        "ssl_cafile": secure_kafka.file("ca.pem"),
+        "ssl_certfile": secure_kafka.file("client.pem"),
+        "ssl_keyfile": secure_kafka.file("client.key"),
+        "sasl_mechanism": "SCRAM-SHA-512",
+        "sasl_plain_username": "alice",
+        "sasl_plain_password": secure_kafka.PASSWORDS["alice"],
+    }
+    admin = kafka.KafkaAdminClient(bootstrap_servers=secure_kafka.address(listener), **options)
+    assert unique_name("none") not in admin.list_topics()
+    assert len(admin.describe_cluster()["brokers"]) == 1
+    admin.close()
+
+
+@pytest.mark.kafka
+def test_a_node_without_secured_listeners_gets_none_later(kafka: KafkaNode) -> None:
+    result = call("start", "--secure", "--port", "0", "--dir", str(kafka.folder), "--name", kafka.name)
+    assert result.returncode == 1
+    assert "holds the data of a node without secured listeners; --fresh removes them" in result.stderr
+
+
+@pytest.mark.kafka
 def test_topics_are_never_created_by_asking_for_them(kafka: KafkaNode) -> None:
     client = pytest.importorskip("kafka")
     producer = client.KafkaProducer(bootstrap_servers=kafka.servers, max_block_ms=500)
@@ -112,7 +138,7 @@ def test_topics_are_never_created_by_asking_for_them(kafka: KafkaNode) -> None:
 
 @pytest.mark.kafka
 def test_a_failing_test_leaves_no_node_behind(tmp_path: Path) -> None:
-    fixture = run_node(tmp_path, "failing")
+    fixture = run_node(KafkaNode(tmp_path, "failing"))
     node = next(fixture)
     pid = node.pid
     assert pid is not None
@@ -189,6 +215,7 @@ def test_an_old_java_is_named(tmp_path: Path) -> None:
         ("start", "--brokers", "0"),
         ("stop", "--brokers", "3"),
         ("start", "--brokers", "3", "--node", "1"),
+        ("start", "--brokers", "3", "--secure"),
     ],
 )
 def test_wrong_usage_exits_with_2(arguments: tuple[str, ...]) -> None:

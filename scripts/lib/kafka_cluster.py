@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lib.kafka_install import install
-from lib.kafka_node import KILL_TIMEOUT, Node, make_archive, places
+from lib.kafka_node import KILL_TIMEOUT, Node, Place, make_archive, places, secure_place
 from lib.kafka_process import HOST, KafkaError, is_free, locked
 
 
@@ -34,17 +34,23 @@ class Cluster:
             raise KafkaError(f"{self.folder} has no node {node_id}; its nodes: {', '.join(map(str, nodes))}")
         return {node_id: nodes[node_id]}
 
-    def start(self, port: int, brokers: int | None, *, fresh: bool) -> bool:
+    def start(self, port: int, brokers: int | None, *, secure: bool, fresh: bool) -> bool:
         """Start the nodes that do not run and wait until all serve. Return whether any had to be started.
 
-        The first start chooses how many there are (`brokers`, None: one) and their ports; port 0: any free ones.
+        The first start chooses how many there are (`brokers`, None: one), their ports (0: any free ones), and whether
+        the one has secured listeners.
         """
         with locked(self.folder.parent / f".{self.folder.name}.lock"):
             if fresh:
                 for node in self.nodes.values():
                     node.end(signal.SIGKILL, KILL_TIMEOUT)
                 shutil.rmtree(self.folder, ignore_errors=True)
-            self._settle(port, brokers or 1, asked=brokers is not None)
+            if kept := [place for node in self.nodes.values() if (place := node.place)]:
+                self._compare(kept, port, brokers, secure=secure)
+            else:
+                for place in [secure_place(port)] if secure else places(brokers or 1, port):
+                    name = f"node-{place.node_id}" if len(place.voters) > 1 else ""
+                    Node(self.folder / name).prepare(place)
             return self._launch(list(self.nodes.values()))
 
     def start_node(self, node_id: int) -> bool:
@@ -55,17 +61,13 @@ class Cluster:
                 raise KafkaError(f"{node.folder} was never started; start the whole cluster first")
             return self._launch([node])
 
-    def _settle(self, port: int, brokers: int, *, asked: bool) -> None:
-        """Give each node its place; what has data keeps the one it has."""
-        kept = [node.place for node in self.nodes.values()]
-        if kept[0] is None:
-            for place in places(brokers, port):
-                name = f"node-{place.node_id}" if brokers > 1 else ""
-                Node(self.folder / name).prepare(place)
-            return
-        if asked and brokers != len(kept):
+    def _compare(self, kept: Sequence[Place], port: int, brokers: int | None, *, secure: bool) -> None:
+        """What has data stays what it is; complain when it was to be something else."""
+        if brokers not in (None, len(kept)):
             many = "1 broker" if len(kept) == 1 else f"{len(kept)} brokers"
             raise KafkaError(f"{self.folder} holds the data of {many}; --fresh removes them")
+        if secure and not kept[0].secured:
+            raise KafkaError(f"{self.folder} holds the data of a node without secured listeners; --fresh removes them")
         if port not in (0, kept[0].port):
             raise KafkaError(f"{self.folder} holds the data of a node on port {kept[0].port}; --fresh removes them")
 
@@ -75,7 +77,7 @@ class Cluster:
         for node in started:
             place = node.place
             assert place is not None
-            for taken in (place.port, place.controller_port):
+            for taken in (*place.listeners.values(), place.controller_port):
                 if not is_free(taken):
                     raise KafkaError(f"port {taken} of {HOST} is in use by another program")
             node.prepare(place)

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Final
 
+from lib import kafka_secure
 from lib.kafka_install import QUICK_JVM, Installation
 from lib.kafka_process import HOST, KafkaError, free_port, live_brokers, start_time, wait_gone
 
@@ -27,7 +28,8 @@ KILL_TIMEOUT: Final = 10.0
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where a node stands: its id, its ports, and the controllers of its quorum as id -> port.
+    """Where a node stands: its id, its ports, the controllers of its quorum as id -> port, and its secured listeners as
+    name -> port, if it has any.
 
     A quorum remembers the addresses of its controllers, so these never change while there are data.
     """
@@ -36,6 +38,7 @@ class Place:
     port: int
     controller_port: int
     voters: dict[int, int]
+    secured: dict[str, int]
 
     @classmethod
     def read(cls, path: Path) -> Place | None:
@@ -44,13 +47,34 @@ class Place:
             state = json.loads(path.read_text())
             port, controller_port, node_id = int(state["port"]), int(state["controller_port"]), int(state.get("id", 1))
             voters = {int(voter): int(at) for voter, at in state.get("voters", {1: controller_port}).items()}
+            secured = {str(name): int(at) for name, at in state.get("secured", {}).items()}
         except (OSError, ValueError, KeyError):
             return None
-        return cls(node_id, port, controller_port, voters)
+        return cls(node_id, port, controller_port, voters, secured)
 
     def write(self, path: Path) -> None:
-        state = {"id": self.node_id, "port": self.port, "controller_port": self.controller_port, "voters": self.voters}
+        state = {
+            "id": self.node_id,
+            "port": self.port,
+            "controller_port": self.controller_port,
+            "voters": self.voters,
+            "secured": self.secured,
+        }
         path.write_text(json.dumps(state) + "\n")
+
+    @property
+    def listeners(self) -> dict[str, int]:
+        """Name -> port of each listener of the broker."""
+        return {"PLAINTEXT": self.port, **self.secured}
+
+
+def secure_place(port: int) -> Place:
+    """Choose the ports of a node with secured listeners: `port` and those behind it, or any free ones when it is 0."""
+    (place,) = places(1, port)
+    taken = [place.port, place.controller_port]
+    for number in range(len(kafka_secure.LISTENERS)):
+        taken.append(port + number + 1 if port else free_port(*taken))
+    return dataclasses.replace(place, secured=dict(zip(kafka_secure.LISTENERS, taken[2:], strict=True)))
 
 
 def places(count: int, port: int) -> list[Place]:
@@ -61,10 +85,10 @@ def places(count: int, port: int) -> list[Place]:
     for _ in range(count):
         taken.append(free_port(*taken))
     voters = {number + 1: taken[count + number] for number in range(count)}
-    return [Place(number + 1, taken[number], taken[count + number], voters) for number in range(count)]
+    return [Place(number + 1, taken[number], taken[count + number], voters, {}) for number in range(count)]
 
 
-def properties(place: Place, data: Path) -> dict[str, str]:
+def properties(place: Place, folder: Path) -> dict[str, str]:
     """Return the server.properties of a node: three nodes and more keep every partition three times, two of them in
     sync, so that one may be lost.
 
@@ -73,14 +97,15 @@ def properties(place: Place, data: Path) -> dict[str, str]:
     """
     replicas = min(3, len(place.voters))
     in_sync = max(1, replicas - 1)
-    listeners = f"PLAINTEXT://{HOST}:{place.port},CONTROLLER://{HOST}:{place.controller_port}"
+    listeners = ",".join(f"{name}://{HOST}:{port}" for name, port in place.listeners.items())
+    listeners += f",CONTROLLER://{HOST}:{place.controller_port}"
     voters = [f"{number}@{HOST}:{port}" for number, port in place.voters.items()]
     quorum = (
         {"controller.quorum.bootstrap.servers": f"{HOST}:{place.controller_port}"}
         if len(voters) == 1
         else {"controller.quorum.voters": ",".join(voters)}
     )
-    return quorum | {
+    found = quorum | {
         "process.roles": "broker,controller",
         "node.id": str(place.node_id),
         "listeners": listeners,
@@ -88,7 +113,7 @@ def properties(place: Place, data: Path) -> dict[str, str]:
         "controller.listener.names": "CONTROLLER",
         "inter.broker.listener.name": "PLAINTEXT",
         "listener.security.protocol.map": "CONTROLLER:PLAINTEXT,PLAINTEXT:PLAINTEXT",
-        "log.dirs": str(data),
+        "log.dirs": str(folder / "data"),
         "num.partitions": "4",
         "default.replication.factor": str(replicas),
         "min.insync.replicas": str(in_sync),
@@ -104,6 +129,7 @@ def properties(place: Place, data: Path) -> dict[str, str]:
         "broker.session.timeout.ms": "2000",
         "broker.heartbeat.interval.ms": "500",
     }
+    return found | kafka_secure.properties(place.secured, folder / "tls") if place.secured else found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +156,9 @@ class Node:
         """Write the configuration."""
         self.folder.mkdir(parents=True, exist_ok=True)
         place.write(self.folder / "node.json")
-        lines = [f"{name}={value}\n" for name, value in properties(place, self.folder / "data").items()]
+        if place.secured:
+            kafka_secure.make_certificates(self.folder / "tls")
+        lines = [f"{name}={value}\n" for name, value in properties(place, self.folder).items()]
         (self.folder / "server.properties").write_text("".join(lines))
 
     def format(self, installation: Installation) -> subprocess.Popen[str] | None:
@@ -141,7 +169,8 @@ class Node:
         place = self.place
         assert place is not None
         kind = ("--standalone",) if len(place.voters) == 1 else ()
-        arguments = ("format", *kind, "-t", CLUSTER_ID, "-c", str(self.folder / "server.properties"))
+        users = kafka_secure.scram_arguments() if place.secured else ()
+        arguments = ("format", *kind, *users, "-t", CLUSTER_ID, "-c", str(self.folder / "server.properties"))
         flags = (*QUICK_JVM, *installation.use_archive())
         return subprocess.Popen(
             installation.command("kafka.tools.StorageTool", *arguments, flags=flags),
