@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
 
 import trio
@@ -27,7 +28,9 @@ from mqtt_trio.protocol.packets import MessageProperties as MessageProperties
 class LocalClient(Protocol):
     """A publisher inside the process: what it publishes came from outside the node. Trio thread only.
 
-    Each call is one hot stretch: it routes, enqueues and flushes the touched clients before it returns.
+    Each call is one hot stretch: it routes, enqueues and flushes the touched clients before it returns. Nothing that is
+    published is refused, so whoever publishes looks at `has_room` between calls, or waits (`wait_for_room`): what
+    waits for the store is bounded by `[Persistence] JournalBytes` and what one call brings.
     """
 
     def publish(self, messages: Sequence[Message], *, tapped: bool = False) -> None:
@@ -42,6 +45,43 @@ class LocalClient(Protocol):
 
     def set_retained(self, message: Message) -> None:
         """Replace the retained message of its topic (an empty payload removes it); nobody is told."""
+
+    def has_room(self, *, tapped: bool = False) -> bool:
+        """Say whether more may be published now. False: `JournalBytes` wait to be committed, while the store fails
+        with what it has not taken; `tapped`: or a tap has stopped the QoS 1 and 2 publishers. Without a store, only
+        taps count."""
+
+    def when_room(self, callback: Callable[[], None], *, tapped: bool = False) -> None:
+        """Call `callback` once, as soon as `has_room`: at once when it is so now. It must not raise."""
+
+    def when_kept(self, callback: Callable[[], None]) -> None:
+        """Call `callback` once, as soon as the store has all that kept sessions are owed of what was published up to
+        now, and the retained messages that were set: at once where it has that, or there is no store. It must not
+        raise.
+
+        While the store fails it is not called, so wait for one before asking for the next. Callbacks come in their
+        order.
+        """
+
+
+async def wait_for_room(local: LocalClient, *, tapped: bool = False) -> None:
+    """Wait until `local` has room; back at once, without a checkpoint, when it has. Cancellation loses nothing."""
+    while not local.has_room(tapped=tapped):
+        await _called(partial(local.when_room, tapped=tapped))
+
+
+async def wait_until_kept(local: LocalClient) -> None:
+    """Wait until the store has what was published up to now: what came from elsewhere may be acknowledged there.
+
+    Cancelled, it says nothing about what the store has.
+    """
+    await _called(local.when_kept)
+
+
+async def _called(ask: Callable[[Callable[[], None]], None]) -> None:
+    event = trio.Event()
+    ask(event.set)
+    await event.wait()
 
 
 class GatewayHost(Protocol):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any, Final
 
@@ -216,6 +216,7 @@ class ConsumerBridge:
       positions_known: set when the first position of every partition is known: nothing published from now on is missed.
       caught_up: set when all topics that are read from the beginning were handed over up to the end that they had at
         the start (after the `on_records` calls with those records).
+      room: awaited before each list of records; while it waits, the poller stops reading after SLOTS more of them.
     """
 
     def __init__(
@@ -235,6 +236,7 @@ class ConsumerBridge:
         self.name = name
         self.positions_known = trio.Event()
         self.caught_up = trio.Event()
+        self.room: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint
         self._on_records = on_records
         self._items: deque[Any] = deque()
         self._slots = threading.BoundedSemaphore(SLOTS)
@@ -274,6 +276,8 @@ class ConsumerBridge:
     async def _deliver(self) -> None:
         while True:
             while self._items:
+                if not callable(self._items[0]):
+                    await self.room()
                 item = self._items.popleft()
                 self._slots.release()
                 if callable(item):

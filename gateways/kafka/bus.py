@@ -11,7 +11,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Final, Protocol
 
@@ -35,7 +35,7 @@ from gateways.kafka.partitions import partition_for
 from gateways.kafka.records import ConsumedRecord, Record
 from gateways.kafka.retained import Retained
 from mqtt_trio.errors import StartError
-from mqtt_trio.gateway import Answer, FrameRun, GatewayHost, Hold, Message, TapRoute
+from mqtt_trio.gateway import Answer, FrameRun, GatewayHost, Hold, Message, TapRoute, wait_for_room
 
 log = logging.getLogger("gateways.kafka.bus")
 
@@ -89,6 +89,7 @@ class Consumer(Protocol):
 
     positions_known: trio.Event
     caught_up: trio.Event
+    room: Callable[[], Awaitable[None]]
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None: ...
 
@@ -235,6 +236,7 @@ class Bus:
         self._sent_messages = self._sent_records = self._failed_messages = 0
         producer.after_drain = host.flush
         local = host.local_client("bus")
+        self._consumer.room = partial(wait_for_room, local)  # Kafka keeps it for longer than this node has memory for
         about_us = NodeFacts(socket.gethostname(), os.getpid(), time.time())
         self.nodes = Nodes(host.node_id, host.instance_id, about_us, self._send_facts)
         self.inbox = BusInbox(host.instance_id, local, self.nodes)

@@ -102,6 +102,8 @@ class Broker:
         self.touched: list[Outbox] = []
         self.stopped: set[int] = set()
         """Whoever stopped QoS 1 and 2 publishers, by id()."""
+        self.inside: list[Callable[[], None]] = []
+        """Publishers inside the process: called whenever they may have room again, or the store has taken a batch."""
         self._stalled: dict[ClientLink, None] = {}
         self._deferred: dict[Session, None] = {}
         self._audiences: dict[tuple[object, ...], Audience] = {}
@@ -220,6 +222,12 @@ class Broker:
             stalled, self._stalled = self._stalled, {}
             for link in stalled:
                 link.resume(self)
+        self.call_inside()
+
+    def call_inside(self) -> None:
+        """Have the publishers inside the process look whether they may go on, and what the store has."""
+        for look in self.inside:
+            look()
 
     def stall(self, link: ClientLink) -> None:
         """Pause a publisher until there is room for its QoS 1 and 2 messages again."""

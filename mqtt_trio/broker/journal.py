@@ -98,6 +98,8 @@ class Journal:
         """Of the last batch that was committed."""
         self.size = 0
         """Bytes of `batch`, about."""
+        self.out_size = 0
+        """Bytes of the batch that is out, about."""
         self.dirty = False
         """Whether the batch holds changes, or somebody waits for it."""
         self.last_owner = 0
@@ -123,6 +125,12 @@ class Journal:
         """Deliveries that name a content, by its key."""
         self._last: tuple[Message | None, Number, bytes] = (None, 0, b"")
         """The message that was written last, the delivery with its frame, and the frame."""
+
+    @property
+    def full(self) -> bool:
+        """Whether publishers inside the process must wait. Nobody can refuse what they bring, so while the store fails
+        the batch that is tried again counts with what has come since."""
+        return self.size + (self.out_size if self.failing is not None else 0) > self.limit
 
     # Deliveries
 
@@ -250,7 +258,7 @@ class Journal:
         """Return the current batch and begin the next one. One batch is out at a time; while the store fails, the same
         one comes back with what has been added."""
         batch, self.batch = self.batch, Batch()
-        self.size = 0
+        self.out_size, self.size = self.size, 0
         self.dirty = False
         self.number += 1
         self._taken = self.last_number
@@ -261,6 +269,7 @@ class Journal:
         """The batch that is out is on disk. Returns the connections whose frames may go."""
         self.failing = None
         self.done_number = self.number - 1
+        self.out_size = 0
         if self.renumbered:
             self.renumbered = {old: new for old, new in self.renumbered.items() if old > self._taken}
         ready: list[Outbox] = []
@@ -276,6 +285,7 @@ class Journal:
         self._doubtful = max(self._doubtful, 0, *batch.deliveries, *batch.contents)
         merge(batch, self.batch)
         self.batch = batch
+        self.out_size = 0
         self.size = sum(ROW_SIZE + len(row[8] or b"") for row in batch.deliveries.values())
         self.size += sum(ROW_SIZE + len(frame) for frame in batch.contents.values())
         self.size += sum(ROW_SIZE + len(row[1]) for row in batch.retained.values() if row is not None)

@@ -178,6 +178,7 @@ class Keeper:
         for outbox in journal.committed():
             while outbox.held and outbox.held[0].number <= journal.done_number:
                 self._release(outbox, outbox.held.pop(0))
+        broker.call_inside()
 
     def _release(self, outbox: Outbox, held: Held) -> None:
         session = outbox.session

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Final
 
@@ -32,6 +33,10 @@ class LocalPublisher:
         self.name = name
         self.clock = clock
         self._lanes = (self._lane(ProtocolVersion.MQTT_3_1_1), self._lane(ProtocolVersion.MQTT_5_0))
+        self._want_room: list[tuple[Callable[[], None], bool]] = []
+        self._want_kept: deque[tuple[int, Callable[[], None]]] = deque()
+        """By the batch that they wait for."""
+        broker.inside.append(self._look)
 
     def _lane(self, version: ProtocolVersion) -> FastLane:
         """A fast lane of a session that nobody else sees; its acknowledgements go nowhere."""
@@ -85,3 +90,35 @@ class LocalPublisher:
         """Replace or remove a retained message; nobody is told."""
         self.broker.inbound.retain(message)
         self.broker.flush()
+
+    def has_room(self, *, tapped: bool = False) -> bool:
+        """Say whether the journal, and the taps where they are to see it, can take more."""
+        return not self.broker.journal.full and not (tapped and self.broker.stopped)
+
+    def when_room(self, callback: Callable[[], None], *, tapped: bool = False) -> None:
+        """Call `callback` once, when there is room."""
+        if self.has_room(tapped=tapped):
+            callback()
+        else:
+            self.broker.metrics.publishers_paused += 1
+            self._want_room.append((callback, tapped))
+
+    def when_kept(self, callback: Callable[[], None]) -> None:
+        """Call `callback` once, when the store has all that was published and retained up to now."""
+        journal = self.broker.journal
+        number = journal.number if journal.dirty else journal.number - 1
+        if number <= journal.done_number:
+            callback()
+        else:
+            self._want_kept.append((number, callback))
+
+    def _look(self) -> None:
+        while self._want_kept and self._want_kept[0][0] <= self.broker.journal.done_number:
+            self._want_kept.popleft()[1]()
+        if self._want_room:
+            waiting, self._want_room = self._want_room, []
+            while waiting and self.has_room(
+                tapped=waiting[0][1]
+            ):  # one that fills it queues behind those still waiting
+                waiting.pop(0)[0]()
+            self._want_room = waiting + self._want_room

@@ -105,7 +105,7 @@ class Metrics:
     keep_alive_timeouts: int = 0
     """Connections ended because the client was silent for 1.5 times its Keep Alive."""
     publishers_paused: int = 0
-    """Times that a publisher was not read from because an inbound bound was reached."""
+    """Times that a publisher, a client or a gateway, was not read from because an inbound bound was reached."""
     fast_lane_messages: int = 0
     """Messages that the fast lane handled, of all that were received."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 import attrs
 import trio
@@ -131,6 +131,7 @@ class MemoryConsumer:
         self.on_records = on_records
         self.positions_known = trio.Event()
         self.caught_up = trio.Event()
+        self.room: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint
         self.gate = trio.Event()
         """While it is not set, nothing more is read."""
         self.gate.set()
@@ -151,6 +152,7 @@ class MemoryConsumer:
                 log = self.kafka.log(*key)
                 for record in log[position:]:
                     await self.gate.wait()
+                    await self.room()
                     self.positions[key] += 1
                     self.on_records([record])
             self.caught_up.set()
@@ -179,6 +181,15 @@ class FakeLocal:
             self.retained[message.topic_name] = message
         else:
             self.retained.pop(message.topic_name, None)
+
+    def has_room(self, *, tapped: bool = False) -> bool:
+        return True
+
+    def when_room(self, callback: Callable[[], None], *, tapped: bool = False) -> None:
+        callback()
+
+    def when_kept(self, callback: Callable[[], None]) -> None:
+        callback()
 
 
 class FakeHost:

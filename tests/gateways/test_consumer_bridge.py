@@ -10,7 +10,7 @@ import attrs
 import pytest
 import trio
 
-from gateways.kafka.bridge import ConsumerBridge
+from gateways.kafka.bridge import SLOTS, ConsumerBridge
 from gateways.kafka.cluster import Cluster
 from gateways.kafka.options import KafkaOptions
 from gateways.kafka.poller import Poller
@@ -171,6 +171,40 @@ def test_a_slow_reader_holds_the_poller_up() -> None:
         poller.abort()
         thread.join(LIMIT)
     assert [record.value for item in items for record in item] == kafka["kept", 0]
+
+
+async def test_while_there_is_no_room_records_stay_in_kafka(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = [b"%d" % number for number in range(256 * 3 * SLOTS)]
+    reading, room, asked = Reading({("kept", 0): values}), trio.Event(), 0
+    refused, hand_over = threading.Event(), ConsumerBridge._hand_over
+
+    def watched(self: ConsumerBridge, item: Any) -> bool:
+        taken = hand_over(self, item)
+        if not taken:
+            refused.set()
+        return taken
+
+    monkeypatch.setattr(ConsumerBridge, "_hand_over", watched)
+    bridge = reading.bridge(("kept", "beginning"))
+
+    async def wait() -> None:
+        nonlocal asked
+        asked += 1
+        await room.wait()
+
+    bridge.room = wait
+    async with trio.open_nursery() as nursery:
+        await nursery.start(bridge.run)
+        with trio.fail_after(LIMIT):
+            await bridge.positions_known.wait()  # that is no record
+        assert await trio.to_thread.run_sync(refused.wait, LIMIT)
+        assert reading.lists == []
+        assert bridge.counters()["records_received"] == SLOTS * 256
+        room.set()
+        await reading.until(len(values))
+        nursery.cancel_scope.cancel()
+    assert reading.values() == values
+    assert asked == 3 * SLOTS
 
 
 async def test_a_topic_that_is_missing_is_waited_for() -> None:
