@@ -50,6 +50,8 @@ class BrokerProcess:
         self.config_file = self.directory / "config.toml"
         self.config_file.write_text(CONFIG.format(node_id=node_id) + config, encoding="utf-8")
         self.data = self.directory / "data"
+        self.environment: dict[str, str] = {}
+        """Variables of the process, beside our own."""
         self.port = 0
         self.ws_port = 0
         self._process: LineProcess | None = None
@@ -64,7 +66,7 @@ class BrokerProcess:
         """Start the process without waiting for anything."""
         assert self._process is None, f"{self.name} runs already"
         environment = {k: v for k, v in os.environ.items() if not k.upper().startswith("MQTT_TRIO__")}
-        environment["PYTHONUNBUFFERED"] = "1"
+        environment |= {"PYTHONUNBUFFERED": "1", **self.environment}
         self._process = LineProcess(self.command(), env=environment, cwd=ROOT)
 
     def start(self, limit: float = START_LIMIT) -> BrokerProcess:

@@ -8,6 +8,7 @@ import pytest
 
 from tests.interop.broker_process import broker as broker
 from tests.interop.broker_process import brokers as brokers
+from tests.interop.kept_clients import streams as streams
 
 
 @pytest.fixture
