@@ -1,4 +1,4 @@
-"""The command line [F3]: `mqtt-trio serve` (the default), `check`, `doctor`, `pub`, `sub`.
+"""The command line [F3]: `mqtt-trio serve` (the default), `check`, `doctor`, `pub`, `sub`, `topics`.
 
 Exit codes: 0, 1 failure, 2 usage, 78 configuration; pub and sub add those of mosquitto's clients.
 """
@@ -12,13 +12,17 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from mqtt_trio import __version__
 from mqtt_trio.config import LoadedConfig, Overrides, load_config
-from mqtt_trio.errors import ConfigError, MqttTrioError
+from mqtt_trio.errors import ConfigError, MqttTrioError, WrongUsageError
+
+if TYPE_CHECKING:
+    from mqtt_trio.gateway import GatewayCommand
 
 EXIT_FAILURE: Final = 1
+EXIT_USAGE: Final = 2
 EXIT_CONFIG: Final = 78
 """EX_CONFIG of sysexits.h."""
 COMMANDS: Final = {
@@ -32,6 +36,10 @@ CLIENTS: Final = {
     "sub": "subscribe and print messages, with the flags of mosquitto_sub",
 }
 """Commands that read their own arguments, in `mqtt_trio.commands.NAME`: they load no configuration."""
+GATEWAY_COMMANDS: Final = {
+    "topics": ("Kafka", "compare the topics in Kafka with the plan, create and grow them"),
+}
+"""Commands that a gateway brings -> its section, help. A configuration is loaded for them."""
 
 EPILOG: Final = """\
 Without --config the defaults hold: TCP 1883 and WebSocket 8083 on 127.0.0.1, no archive, no Kafka.
@@ -39,8 +47,8 @@ Command line > environment (MQTT_TRIO__SECTION__KEY, lists by index: MQTT_TRIO__
 Exit codes: 0 stopped as asked, 1 failure, 2 wrong usage, 78 configuration that cannot be used."""
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """Return the parser of the whole command line."""
+def make_parser(command_name: str = "") -> argparse.ArgumentParser:
+    """Return the parser of the whole command line. What a gateway says of its command is only loaded for that one."""
     parser = argparse.ArgumentParser(
         prog="mqtt-trio",
         description="An MQTT broker: 3.1, 3.1.1 and 5.0 over TCP and WebSocket.",
@@ -52,20 +60,44 @@ def make_parser() -> argparse.ArgumentParser:
     for name, text in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text, epilog=EPILOG)
         command.formatter_class = argparse.RawDescriptionHelpFormatter
-        _add_config_options(command)
+        _add_config_file_options(command)
+        _add_listener_options(command)
     for name, text in CLIENTS.items():
         commands.add_parser(name, help=text, add_help=False)
+    for name, (section, text) in GATEWAY_COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text)
+        if name == command_name:
+            shared = argparse.ArgumentParser(add_help=False)
+            _add_config_file_options(shared)
+            gateway_command(section, name).add_arguments(command, shared)
     return parser
 
 
-def _add_config_options(parser: argparse.ArgumentParser) -> None:
+def gateway_command(section: str, name: str) -> GatewayCommand:
+    """Return a command of the gateway that has `section`.
+
+    Raises:
+      ConfigError: this gateway is not installed.
+    """
+    package = f"gateways.{section.lower()}"
+    if importlib.util.find_spec(package) is None:
+        raise ConfigError([f"{section}: the package {package} is not installed"])
+    command: GatewayCommand = importlib.import_module(package).command(name)
+    return command
+
+
+def _add_config_file_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--config", metavar="FILE", type=Path, help="TOML file; config.toml of the repository is a commented example")
+    add("--set", metavar="SECTION.KEY=VALUE", action="append", default=[], dest="sets", help="any key; repeatable")
+
+
+def _add_listener_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add("--host", help="address of the first listener of each type; 0.0.0.0: all IPv4 addresses")
     add("--port", type=_port, help="port of the first TCP listener; 0: any free one")
     add("--ws-port", type=_port, metavar="PORT", help="port of the first WebSocket listener; 0: any free one")
     add("--data", metavar="DIR", help="directory of what is kept on disk (Persistence.Path)")
-    add("--set", metavar="SECTION.KEY=VALUE", action="append", default=[], dest="sets", help="any key; repeatable")
 
 
 def _port(text: str) -> int:
@@ -76,8 +108,8 @@ def _port(text: str) -> int:
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the command line; without a command it is `serve`."""
-    parser = make_parser()
     first = arguments[0] if arguments else ""
+    parser = make_parser(first)
     if first not in (*COMMANDS, "--version", "-h", "--help") and (first.startswith("-") or not first):
         arguments = ["serve", *arguments]
     return parser.parse_args(arguments)
@@ -102,10 +134,10 @@ def load(arguments: argparse.Namespace, environ: Mapping[str, str]) -> LoadedCon
     """
     overrides = Overrides(
         sets=arguments.sets,
-        host=arguments.host,
-        port=arguments.port,
-        ws_port=arguments.ws_port,
-        data=arguments.data,
+        host=getattr(arguments, "host", None),
+        port=getattr(arguments, "port", None),
+        ws_port=getattr(arguments, "ws_port", None),
+        data=getattr(arguments, "data", None),
     )
     return load_config(arguments.config, environ, overrides, gateway_sections())
 
@@ -115,9 +147,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else list(arguments)
     if given and given[0] in CLIENTS:
         return int(importlib.import_module(f"mqtt_trio.commands.{given[0]}").run(given[1:]))
-    parsed = parse(given)
     try:
+        parsed = parse(given)
         loaded = load(parsed, os.environ)
+        if parsed.command in GATEWAY_COMMANDS:
+            return _run_gateway_command(parsed, loaded)
         if parsed.command == "check":
             return _check(loaded)
         if parsed.command == "doctor":
@@ -136,6 +170,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except MqttTrioError as exc:
         print(f"mqtt-trio: {exc}", file=sys.stderr)
+        return EXIT_USAGE if isinstance(exc, WrongUsageError) else EXIT_FAILURE
+
+
+def _run_gateway_command(arguments: argparse.Namespace, loaded: LoadedConfig) -> int:
+    from mqtt_trio.archive.groups import merge_groups
+    from mqtt_trio.commands.console import Console
+    from mqtt_trio.gateway import CommandContext
+
+    section = GATEWAY_COMMANDS[arguments.command][0]
+    if section not in loaded.gateways:
+        where = loaded.path or "no --config FILE is given, and"
+        raise ConfigError([f"{section}: {where} there is no section [{section}]; `{arguments.command}` is about it"])
+    groups = [group for group in merge_groups(loaded.options.archive_groups) if group.store == section.upper()]
+    context = CommandContext(
+        options=loaded.gateways[section],
+        node_id=loaded.options.node.id,
+        archive_topics=[group.kafka_topic for group in groups],
+        console=Console(),
+    )
+    try:
+        return gateway_command(section, arguments.command).run(arguments, context)
+    except BrokenPipeError:  # nobody reads the output any more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILURE
 
 

@@ -66,3 +66,7 @@ class GatewayError(MqttTrioError):
 
 class StartError(MqttTrioError):
     """The broker cannot start or go on (a port in use, a second live node with the same Node.Id): exit code 1."""
+
+
+class WrongUsageError(MqttTrioError):
+    """A command is asked for what cannot be; the text names it and the mend: exit code 2."""

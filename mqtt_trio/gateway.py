@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Protocol
 
+import attrs
 import trio
 
 from mqtt_trio.archive.store import ArchiveStore as ArchiveStore
@@ -130,3 +133,52 @@ class Gateway(Protocol):
 
     def counters(self) -> dict[str, int]:
         """Counters by name, for metrics and the line that is logged at the end."""
+
+
+class Console(Protocol):
+    """Where a command meets the person, or the script, that runs it."""
+
+    @property
+    def interactive(self) -> bool:
+        """Somebody is there to answer `ask`."""
+
+    def show(self, text: str) -> None:
+        """Print what was asked for, a line or several, on standard output."""
+
+    def say(self, text: str) -> None:
+        """Print what is said beside it on standard error."""
+
+    def ask(self, question: str) -> bool:
+        """Put a question; True for yes. Nobody there, or the end of the input, is a no."""
+
+    def progress(self, what: str, total: int, unit: str) -> AbstractContextManager[Callable[[int], None]]:
+        """Show a bar on a terminal while the body runs; call what it gives with how much more is done."""
+
+
+@attrs.frozen(kw_only=True)
+class CommandContext:
+    """What a command of a gateway is given."""
+
+    options: object
+    """Of the gateway's section."""
+    node_id: str
+    """`Node.Id`."""
+    archive_topics: Sequence[str | None] = ()
+    """Destinations of the enabled archive groups whose store the gateway is; None: its default one."""
+    console: Console
+
+
+class GatewayCommand(Protocol):
+    """A command of the command line that a gateway brings, such as `topics`. It runs alone, without a broker, and may
+    block."""
+
+    def add_arguments(self, parser: argparse.ArgumentParser, shared: argparse.ArgumentParser) -> None:
+        """Describe the arguments. `shared` holds those that say which configuration: a parent of each parser that may
+        end a command line."""
+
+    def run(self, arguments: argparse.Namespace, context: CommandContext) -> int:
+        """Do it; return the exit code.
+
+        Raises:
+          ConfigError: exit code 78. Any other MqttTrioError: 1.
+        """

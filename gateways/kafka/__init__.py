@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import importlib
+from typing import TYPE_CHECKING, Final
 
 from gateways.kafka.options import KafkaOptions
 from mqtt_trio.errors import ConfigError
 
 if TYPE_CHECKING:
     from gateways.kafka.kafka_gateway import KafkaGateway
+    from mqtt_trio.gateway import GatewayCommand
+
+COMMANDS: Final = {"topics": "topic_commands"}
+"""Command -> module with `COMMAND`; it imports kafka-python when it runs."""
 
 
 def build(options: object) -> KafkaGateway:
@@ -21,11 +26,27 @@ def build(options: object) -> KafkaGateway:
         options = KafkaOptions()
     if not isinstance(options, KafkaOptions):
         raise TypeError(f"expected KafkaOptions, got {type(options).__name__}")
+    check(options)
+    from gateways.kafka.kafka_gateway import KafkaGateway
+
+    return KafkaGateway(options)
+
+
+def check(options: KafkaOptions) -> None:
+    """Compare the options with what kafka-python can do.
+
+    Raises:
+      ConfigError: an option means nothing to kafka-python, or kafka-python is not installed.
+    """
     try:
         from gateways.kafka import workers
-        from gateways.kafka.kafka_gateway import KafkaGateway
     except ImportError as exc:
         text = f"Kafka: {exc.name} is not installed; install mqtt-trio with its extra: pip install 'mqtt-trio[kafka]'"
         raise ConfigError([text]) from None
     workers.check_client_options(options)
-    return KafkaGateway(options)
+
+
+def command(name: str) -> GatewayCommand:
+    """Return the command `name` of `COMMANDS`."""
+    found: GatewayCommand = importlib.import_module(f"gateways.kafka.{COMMANDS[name]}").COMMAND
+    return found

@@ -5,8 +5,8 @@ Nothing here runs on the Trio thread.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, Final
 
 import kafka.errors as kafka_errors
@@ -14,9 +14,44 @@ from kafka.admin import ConfigResource, ConfigResourceType, KafkaAdminClient
 
 from gateways.kafka.options import KafkaOptions
 from gateways.kafka.topic_plan import DENIED, TopicState
-from gateways.kafka.workers import common_config, leak_safe
+from gateways.kafka.workers import common_config, leak_safe, probe, quiet_loggers
+from mqtt_trio.errors import GatewayError
 
 ADMIN_TIMEOUT_MS: Final = 10_000
+DENIALS: Final = (
+    kafka_errors.TopicAuthorizationFailedError,
+    kafka_errors.GroupAuthorizationFailedError,
+    kafka_errors.ClusterAuthorizationFailedError,
+)
+
+
+@contextmanager
+def administration(options: KafkaOptions) -> Iterator[Admin]:
+    """Connect for one command, and say in words what goes wrong. Blocks for three seconds and one a server at most.
+
+    Raises:
+      GatewayError: Kafka is not there, or refuses what the body asks of it.
+    """
+    quiet_loggers()
+    servers = ", ".join(options.server_names)
+    try:
+        admin = Admin(options)
+    except kafka_errors.KafkaError as exc:
+        reason = probe(options.server_names) or words_of(exc)
+        raise GatewayError(f"Kafka at {servers} cannot be asked: {reason}", retriable=True) from None
+    try:
+        yield admin
+    except kafka_errors.KafkaError as exc:
+        denied = isinstance(exc, DENIALS)
+        text = f"Kafka at {servers} {'denies it' if denied else 'failed'}: {words_of(exc)}"
+        raise GatewayError(text, retriable=not denied) from None
+    finally:
+        admin.close()
+
+
+def words_of(exc: BaseException) -> str:
+    """Return what an exception of kafka-python says, on one line."""
+    return " ".join(f"{type(exc).__name__}: {exc}".split()).removesuffix(":")
 
 
 class Admin:
@@ -80,7 +115,7 @@ class Admin:
     def grow(self, name: str, partitions: int) -> str | None:
         """Give a topic more partitions; return as `create`."""
         answer = self._admin.create_partitions({name: partitions}, timeout_ms=ADMIN_TIMEOUT_MS, raise_errors=False)
-        return _outcome(answer["results"][0])
+        return _outcome(answer.results[0].to_dict())
 
     def configure(self, name: str, config: Mapping[str, str]) -> str | None:
         """Set properties of a topic, leave its others alone; return as `create`."""
@@ -91,8 +126,7 @@ class Admin:
         text: str = answer["topic"][name]
         if text == "OK":
             return None
-        denied = (kafka_errors.TopicAuthorizationFailedError, kafka_errors.ClusterAuthorizationFailedError)
-        return DENIED if any(error.__name__ in text for error in denied) else text
+        return DENIED if any(error.__name__ in text for error in DENIALS) else text
 
     def close(self) -> None:
         """Close the client and its thread."""
@@ -104,7 +138,7 @@ def _outcome(answer: Mapping[str, Any], *fine: type[kafka_errors.KafkaError]) ->
     error: type[kafka_errors.KafkaError] = kafka_errors.for_code(answer["error_code"])
     if error in (kafka_errors.NoError, *fine):
         return None
-    if error in (kafka_errors.TopicAuthorizationFailedError, kafka_errors.ClusterAuthorizationFailedError):
+    if error in DENIALS:
         return DENIED
     text = answer.get("error_message")
     return f"{error.__name__}: {text}" if text else error.__name__

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import attrs
@@ -15,8 +15,9 @@ from gateways.kafka import workers
 from gateways.kafka.admin import Admin
 from gateways.kafka.cluster import Cluster
 from gateways.kafka.options import BusOptions, KafkaOptions, MetricsOptions, TopicOptions, TopicsOptions
-from gateways.kafka.topic_plan import DENIED, TopicPlan, TopicState, plan_topics
+from gateways.kafka.topic_plan import DENIED, TopicPlan, plan_topics
 from gateways.kafka.topics import TopicManager, survey
+from tests.kafka_fakes import FakeAdmin
 from tests.kafka_support import KafkaNode, unique_name
 
 DAY = 24 * 3600 * 1000
@@ -26,40 +27,6 @@ OPTIONS = KafkaOptions(
 )
 """Every feature that has a topic is on."""
 PLANS = plan_topics(OPTIONS, [None])
-
-
-class FakeAdmin:
-    """A cluster in memory."""
-
-    def __init__(self, brokers: int = 1, refusal: str | None = None) -> None:
-        self.brokers = brokers
-        self.refusal = refusal
-        self.topics: dict[str, TopicState] = {}
-        self.hidden: set[str] = set()
-        self.created: list[str] = []
-        self.failures: list[Exception] = []
-        self.closed = 0
-
-    def broker_count(self) -> int:
-        return self.brokers
-
-    def describe(self, names: Sequence[str]) -> Mapping[str, TopicState | None]:
-        if self.failures:
-            raise self.failures.pop()
-        hidden = dict.fromkeys(self.hidden.intersection(names))
-        return {name: self.topics[name] for name in names if name in self.topics} | hidden
-
-    def create(self, name: str, partitions: int, replication_factor: int, config: Mapping[str, str]) -> str | None:
-        if self.refusal is not None:
-            return self.refusal
-        self.created.append(name)
-        self.topics[name] = TopicState(
-            partitions=partitions, replication_factor=replication_factor, leaders=True, config=dict(config)
-        )
-        return None
-
-    def close(self) -> None:
-        self.closed += 1
 
 
 async def keep(cluster: Cluster, plans: Sequence[TopicPlan], admin: FakeAdmin, until: str = "complete") -> None:
@@ -234,6 +201,27 @@ def test_five_nodes_at_once_and_a_second_start(kafka: KafkaNode) -> None:
         admin.close()
     assert [(state.partitions, state.replication_factor) for state in states] == [(3, 1)] * 3
     assert {state.config["retention.ms"] for state in states} == {"123456"}
+
+
+@pytest.mark.kafka
+async def test_a_topic_of_another_shape_is_told_and_used(kafka: KafkaNode, caplog: pytest.LogCaptureFixture) -> None:
+    name = unique_name("shape")
+    wrong = TopicPlan(name=name, partitions=2, config={"cleanup.policy": "compact"})
+    assert await trio.to_thread.run_sync(ensure, kafka.servers, [wrong]) == {}
+    cluster = Cluster([kafka.servers])
+    plan = TopicPlan(name=name, partitions=3, config={"cleanup.policy": "delete"}, section="Kafka.Topics.Bus")
+    manager = TopicManager(KafkaOptions(servers=kafka.servers), cluster, [plan])
+    with trio.fail_after(30):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(manager.run)
+            await manager.complete.wait()
+            nursery.cancel_scope.cancel()
+    (line,) = [record.message for record in caplog.records if record.levelno >= logging.WARNING]
+    assert line.startswith(f"Kafka topic {name} has partitions 2 instead of 3 (a compacted topic must not grow")
+    assert "cleanup.policy compact instead of delete (Kafka keeps the last record of each key only)" in line
+    facts = cluster.facts(name)
+    assert facts is not None
+    assert facts.partitions == 2
 
 
 @pytest.mark.kafka
