@@ -11,6 +11,9 @@ from typing import Protocol
 import attrs
 import trio
 
+from mqtt_trio.archive.spool import Spool as Spool
+from mqtt_trio.archive.spool import SpoolRecord as SpoolRecord
+from mqtt_trio.archive.spool import spool_path as spool_path
 from mqtt_trio.archive.store import ArchiveStore as ArchiveStore
 from mqtt_trio.archive.store import Outcome as Outcome
 from mqtt_trio.broker.message import Message as Message

@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "archive": CORE,
     "server": (*CORE, "archive"),
     # What gateways see: the archive's interface is re-exported for them.
-    "gateway": (*CORE, "archive.store"),
+    "gateway": (*CORE, "archive.store", "archive.spool"),
     "config": (*CORE, "archive", "server", "gateway"),
     "app": (*CORE, "archive", "server", "gateway", "config"),
     "testing": (*CORE, "archive", "server", "gateway", "config", "app"),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
+from urllib.parse import quote
 
 import attrs
 from attrs.validators import ge, gt, in_, optional
@@ -23,6 +25,14 @@ MINIMUM_MAX_SIZE: Final = 1024 * 1024
 NAME_LENGTH: Final = 100
 
 _KAFKA_TOPIC: Final = re.compile(r"[A-Za-z0-9._-]{1,249}")
+
+
+def file_name(name: str) -> str:
+    """Return a group's name as part of a file name: other characters than A-Z a-z 0-9 _ . - ~ are written as %XX."""
+    safe = quote(name, safe="")
+    if len(safe) > 150:  # file names end at 255 bytes
+        safe = f"{safe[:120]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
+    return safe
 
 
 def _as_filters(value: str | list[str] | tuple[str, ...]) -> tuple[str, ...]:

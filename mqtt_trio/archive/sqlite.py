@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bisect
-import hashlib
 import itertools
 import logging
 import os
@@ -15,11 +14,11 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final, TypeAlias
-from urllib.parse import quote
 
 import attrs
 import trio
 
+from mqtt_trio.archive.options import file_name
 from mqtt_trio.archive.sqlite_file import ArchiveFile, ForeignFileError, MessageTooLargeError
 from mqtt_trio.archive.store import Outcome
 from mqtt_trio.broker.message import Message
@@ -61,11 +60,8 @@ _Jobs: TypeAlias = "queue.SimpleQueue[_Batch | None]"
 
 
 def archive_path(directory: Path, name: str) -> Path:
-    """Return the file of group `name`: other characters than A-Z a-z 0-9 _ . - ~ are written as %XX."""
-    safe = quote(name, safe="")
-    if len(safe) > 150:  # file names end at 255 bytes
-        safe = f"{safe[:120]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
-    return directory / f"archive-{safe}.sqlite3"
+    """Return the file of group `name`."""
+    return directory / f"archive-{file_name(name)}.sqlite3"
 
 
 def _code(exc: Exception) -> int | None:
