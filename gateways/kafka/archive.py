@@ -8,7 +8,10 @@ from collections.abc import Callable, Sequence
 import trio
 
 from gateways.kafka.bridge import ProducerBridge
+from gateways.kafka.dead_letters import DeadLetters
+from gateways.kafka.dlq import Stage
 from gateways.kafka.mapping import JsonMapper
+from gateways.kafka.records import Reason
 from mqtt_trio.errors import StoreError
 from mqtt_trio.gateway import Message, Outcome
 
@@ -34,9 +37,11 @@ class KafkaArchiveStore:
     Records are made only as far as the producer's window has room: a waiting message costs less than its record.
     """
 
-    def __init__(self, bridge: ProducerBridge, mapper: JsonMapper) -> None:
+    def __init__(self, bridge: ProducerBridge, mapper: JsonMapper, dead_letters: DeadLetters | None = None) -> None:
+        """`dead_letters` get what no record can be made of; what Kafka refuses goes there from the bridge."""
         self._bridge = bridge
         self._mapper = mapper
+        self._dead_letters = dead_letters or DeadLetters()
         self._batches: deque[Batch] = deque()
         self._backlog: deque[Batch] = deque()
         self._waits_for_room = False
@@ -79,6 +84,8 @@ class KafkaArchiveStore:
         try:
             record = self._mapper.record(message)
         except Exception as exc:  # a message that cannot be mapped must not stop the others
+            text = f"{type(exc).__name__}: {exc}"
+            self._dead_letters.of_message(Stage.ARCHIVE, message, self._mapper.topic, Reason.UNENCODABLE, text)
             self._settle(entry, index, exc)
             return
         record.done = Settle(self, entry, index)

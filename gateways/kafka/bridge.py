@@ -20,6 +20,7 @@ from gateways.kafka.options import KafkaOptions
 from gateways.kafka.poller import Assignment, ConsumerLike, Poller
 from gateways.kafka.records import ConsumedRecord as ConsumedRecord
 from gateways.kafka.records import Record as Record
+from gateways.kafka.records import RecordRefusedError
 
 log = logging.getLogger("gateways.kafka")
 
@@ -31,7 +32,7 @@ SLOTS: Final = 8
 """Lists of records that wait for the Trio thread; then the poller waits."""
 
 
-def nothing() -> None:
+def nothing(*_arguments: object) -> None:
     """Do nothing: the hook that is not set."""
 
 
@@ -43,6 +44,7 @@ class ProducerBridge:
 
     Attributes:
       after_drain: called on the Trio thread after each burst of `done` calls; set it to `host.flush`.
+      on_refused: called on the Trio thread with each record that can never be stored, before its `done`.
       full: the window is reached, in records or in bytes.
       outstanding_records, outstanding_bytes: offered and without an outcome.
     """
@@ -57,13 +59,15 @@ class ProducerBridge:
         window_records: int,
         window_bytes: int,
         linger_ms: int = 5,
+        lazy: bool = False,
         open_producer: Callable[[], ProducerLike] | None = None,
         faults: Faults | None = None,
     ) -> None:
         """`name` stands in logs and client ids; `linger_ms` is the producer's (0 where records are packed already);
-        `open_producer` and `faults` are for tests."""
+        `lazy`: connect when there is something to send; `open_producer` and `faults` are for tests."""
         self.name = name
         self.after_drain: Callable[[], None] = nothing
+        self.on_refused: Callable[[Record, RecordRefusedError], None] = nothing
         self.full = False
         self.outstanding_records = self.outstanding_bytes = 0
         self._window_records, self._window_bytes = window_records, window_bytes
@@ -81,6 +85,7 @@ class ProducerBridge:
             faults = workers
         self._feeder = Feeder(name, open_producer, faults, cluster, self._settle)
         self._feeder.delivery_timeout = options.effective_delivery_timeout
+        self._feeder.lazy = lazy
         self._inbox = self._feeder.inbox
 
     def offer(self, record: Record) -> None:
@@ -178,6 +183,8 @@ class ProducerBridge:
             record.finished = True
             self._count(record, error)
             done, record.done = record.done, None
+            if isinstance(error, RecordRefusedError):
+                self._tell_refused(record, error)
             if done is not None:
                 try:
                     done(error)
@@ -188,6 +195,12 @@ class ProducerBridge:
             self._soon(self._drain)
         self._look_for_room()
         self.after_drain()
+
+    def _tell_refused(self, record: Record, error: RecordRefusedError) -> None:
+        try:
+            self.on_refused(record, error)
+        except Exception:
+            log.exception("Kafka producer %s: error while a refused record was reported", self.name)
 
     def _count(self, record: Record, error: Exception | None) -> None:
         self.outstanding_records -= 1

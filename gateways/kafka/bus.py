@@ -30,9 +30,11 @@ from gateways.kafka.bus_records import (
     encode_message,
 )
 from gateways.kafka.bus_window import BusWindow
+from gateways.kafka.dead_letters import DeadLetters
+from gateways.kafka.dlq import Stage
 from gateways.kafka.nodes import Nodes
 from gateways.kafka.partitions import partition_for
-from gateways.kafka.records import ConsumedRecord, Record
+from gateways.kafka.records import ConsumedRecord, Reason, Record
 from gateways.kafka.retained import Retained
 from mqtt_trio.errors import StartError
 from mqtt_trio.gateway import Answer, FrameRun, GatewayHost, Hold, Message, TapRoute, wait_for_room
@@ -153,7 +155,7 @@ class Slot:
             item = encode_message(message)
         except BusRecordError as exc:
             bus.unencodable += 1
-            log.warning("a message of topic %r does not go to the bus: %s", message.topic_name, exc)
+            bus.dead_letters.of_message(Stage.BUS, message, bus.settings.topic, Reason.UNENCODABLE, str(exc))
             return None
         if message.retain:
             bus.retain(message)
@@ -210,8 +212,10 @@ class Bus:
         producer: Producer,
         make_consumer: MakeConsumer,
         facts: Callable[[str], TopicSize | None],
+        dead_letters: DeadLetters | None = None,
     ) -> None:
-        """`producer` and the consumer are run by the bus and by nobody else; `facts` is `Cluster.facts`."""
+        """`producer` and the consumer are run by the bus and by nobody else; `facts` is `Cluster.facts`; what can be
+        neither written nor read goes to `dead_letters`, None: it is counted."""
         self.settings = settings
         self.host = host
         self.window = BusWindow(
@@ -239,7 +243,8 @@ class Bus:
         self._consumer.room = partial(wait_for_room, local)  # Kafka keeps it for longer than this node has memory for
         about_us = NodeFacts(socket.gethostname(), os.getpid(), time.time())
         self.nodes = Nodes(host.node_id, host.instance_id, about_us, self._send_facts)
-        self.inbox = BusInbox(host.instance_id, local, self.nodes)
+        self.dead_letters = dead_letters or DeadLetters()
+        self.inbox = BusInbox(host.instance_id, local, self.nodes, self.dead_letters)
         self.retained = Retained(
             settings.retained_topic,
             host.node_id,
@@ -247,6 +252,7 @@ class Bus:
             producer.offer,
             local=local,
             settled=partial(self.window.settle, 0),
+            dead_letters=self.dead_letters,
         )
         self.retained.partitions = settings.retained_partitions
 
@@ -366,9 +372,12 @@ class Bus:
                     receive(record)
                 else:
                     retained.receive(record)
-            except Exception:  # whatever is in it: a record never stops those behind it
+            except Exception as exc:  # whatever is in it: a record never stops those behind it
                 self.inbox.undelivered += 1
                 log.exception("%s-%d@%d could not be delivered", record.topic, record.partition, record.offset)
+                self.dead_letters.unreadable(
+                    record, Reason.UNDELIVERED, f"{type(exc).__name__}: {exc}", type(exc).__name__
+                )
 
     # --- life
 

@@ -19,8 +19,9 @@ from gateways.kafka.bus_records import (
     decode_header,
     decode_items,
 )
+from gateways.kafka.dead_letters import DeadLetters
 from gateways.kafka.nodes import Nodes
-from gateways.kafka.records import ConsumedRecord
+from gateways.kafka.records import ConsumedRecord, Reason
 from mqtt_trio.gateway import FrameRun, LocalClient, Message
 
 log = logging.getLogger("gateways.kafka.bus")
@@ -46,7 +47,9 @@ class Begun:
 class BusInbox:
     """Receives the records of the bus topic. Trio thread only."""
 
-    def __init__(self, instance_id: bytes, local: LocalClient, nodes: Nodes) -> None:
+    def __init__(
+        self, instance_id: bytes, local: LocalClient, nodes: Nodes, dead_letters: DeadLetters | None = None
+    ) -> None:
         self.received = 0
         self.own = 0
         self.messages = 0
@@ -59,6 +62,7 @@ class BusInbox:
         self._instance_id = instance_id
         self._local = local
         self._nodes = nodes
+        self._dead_letters = dead_letters or DeadLetters()
         self._last: dict[Writer, int] = {}
         self._begun: dict[Writer, Begun] = {}
         self._begun_size = 0
@@ -81,9 +85,11 @@ class BusInbox:
             if exc.version not in self._versions_seen:  # at most 256 of them
                 self._versions_seen.add(exc.version)
                 log.warning("%s: such records are left out until this node is upgraded", exc)
+            self._dead_letters.unreadable(record, Reason.UNKNOWN_VERSION, str(exc), (value[INSTANCE], exc.version))
         except BusRecordError as exc:
             self.malformed += 1
             log.debug("%s-%d@%d: %s", record.topic, record.partition, record.offset, exc)
+            self._dead_letters.unreadable(record, Reason.MALFORMED, str(exc), (value[INSTANCE], "malformed"))
 
     def _is_new(self, header: Header, partition: int) -> bool:
         """Whether the record was not there before: a producer that was rebuilt sends again what was not confirmed."""

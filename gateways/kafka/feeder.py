@@ -16,7 +16,7 @@ from typing import Any, Final, Protocol
 
 from gateways.kafka.cluster import Cluster
 from gateways.kafka.partitions import partition_for
-from gateways.kafka.records import Record
+from gateways.kafka.records import Reason, Record, RecordRefusedError
 from mqtt_trio.errors import GatewayError
 
 log = logging.getLogger("gateways.kafka")
@@ -51,6 +51,7 @@ class Faults(Protocol):
     """Tells the producer's exceptions apart."""
 
     def is_fault_of_record(self, error: BaseException) -> bool: ...
+    def reason_for(self, error: BaseException) -> Reason: ...
     def is_retriable(self, error: BaseException) -> bool: ...
 
 
@@ -96,7 +97,7 @@ class Generation:
         if not self._faults.is_fault_of_record(exc):
             return
         if record.suspect:  # it was alone in its batch
-            self.finish(record, GatewayError(f"Kafka refuses the record: {exc}", retriable=False))
+            self.finish(record, RecordRefusedError(f"Kafka refuses the record: {exc}", self._faults.reason_for(exc)))
         else:
             record.suspect = True
 
@@ -135,6 +136,8 @@ class Feeder:
         self.resent = 0
         self.rebuilds = 0
         self.delivery_timeout = 60.0
+        self.lazy = False
+        """No producer is made before there is something to send."""
         self._open_producer = open_producer
         self._faults = faults
         self._cluster = cluster
@@ -185,6 +188,9 @@ class Feeder:
         while not self._halt.is_set():
             if self._finishing and not self._has_work():
                 return None
+            if self.lazy and not self._has_work():
+                self._wait_for_work()
+                continue
             try:
                 return Generation(self._open_producer(), self._faults, self._settle, self.wake_up)
             except Exception as exc:
@@ -227,6 +233,13 @@ class Feeder:
             self._wake.wait(FINISH_WAIT if self._finishing else IDLE_WAIT)
         self.idle = False
 
+    def _wait_for_work(self) -> None:
+        self._wake.clear()
+        self.idle = True
+        if not self.inbox and not self._finishing and not self._halt.is_set():
+            self._wake.wait()
+        self.idle = False
+
     def _has_work(self) -> bool:
         return bool(self.inbox or self._again or self._parked)
 
@@ -255,7 +268,7 @@ class Feeder:
         limit = facts.max_message_bytes
         if record.size > limit and generation.producer.too_large(record, limit):
             text = f"the record has {record.size} bytes, topic {topic} takes batches of {limit}"
-            generation.finish(record, GatewayError(text, retriable=False))
+            generation.finish(record, RecordRefusedError(text, Reason.TOO_LARGE))
             return
         if record.partition is None:
             record.partition = partition_for(record.key or b"", facts.partitions)
@@ -279,7 +292,8 @@ class Feeder:
             generation.broken = exc
         elif self._faults.is_fault_of_record(exc) or isinstance(exc, ValueError | TypeError | OverflowError):
             generation.in_flight.pop()
-            generation.finish(record, GatewayError(f"Kafka cannot take the record: {exc}", retriable=False))
+            reason = self._faults.reason_for(exc)
+            generation.finish(record, RecordRefusedError(f"Kafka cannot take the record: {exc}", reason))
         else:
             generation.broken = exc
 

@@ -13,6 +13,8 @@ from gateways.kafka import workers
 from gateways.kafka.archive import KafkaArchiveStore
 from gateways.kafka.bridge import ConsumerBridge, ProducerBridge
 from gateways.kafka.cluster import Cluster
+from gateways.kafka.dead_letters import DeadLetters
+from gateways.kafka.dlq import Stage
 from gateways.kafka.mapping import JsonMapper, TimestampFormat
 from gateways.kafka.options import KafkaOptions
 from gateways.kafka.poller import Assignment
@@ -39,6 +41,10 @@ class KafkaGateway:
     def __init__(self, options: KafkaOptions) -> None:
         self.options = options
         self.cluster = Cluster(options.server_names, workers.probe)
+        self._dlq = self._make_dlq()
+        topic = options.topics.dlq.name or DEFAULTS["dlq"].name
+        contents = options.dlq.payloads
+        self.dead_letters = DeadLetters(self._dlq, topic, self.cluster.facts, contents=contents)
         self._archive: ProducerBridge | None = None
         self._mappers: list[JsonMapper] = []
         self._bus: Bus | None = None
@@ -55,10 +61,25 @@ class KafkaGateway:
                 window_records=self.options.window_messages,
                 window_bytes=self.options.window_bytes,
             )
+            self._archive.on_refused = partial(self.dead_letters.refused, Stage.ARCHIVE)
         default = self.options.topics.archive.name or DEFAULTS["archive"].name
         mapper = JsonMapper(topic or default, timestamps=timestamps)
         self._mappers.append(mapper)
-        return KafkaArchiveStore(self._archive, mapper)
+        return KafkaArchiveStore(self._archive, mapper, self.dead_letters)
+
+    def _make_dlq(self) -> ProducerBridge | None:
+        options = self.options
+        if options.topics.dlq.enabled is False:
+            return None
+        return ProducerBridge(
+            options,
+            self.cluster,
+            name="dlq",
+            compression=None,
+            window_records=options.dlq.window_records,
+            window_bytes=options.dlq.window_bytes,
+            lazy=True,
+        )
 
     async def run(self, host: GatewayHost, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until cancelled; `started()` when topics, positions and retained messages are known, or Kafka is away.
@@ -67,12 +88,15 @@ class KafkaGateway:
           StartError: a live node has this `Node.Id` already.
         """
         workers.quiet_loggers()
+        self.dead_letters.broker_id = host.node_id
         for mapper in self._mappers:
             mapper.broker_id = host.node_id
         plans = plan_topics(self.options, [mapper.topic for mapper in self._mappers])
         self._topics = TopicManager(self.options, self.cluster, plans)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._topics.run)
+            if self._dlq is not None:
+                await nursery.start(self._dlq.run)
             if self._archive is not None:
                 self._archive.after_drain = host.flush
                 await nursery.start(self._archive.run)
@@ -106,8 +130,9 @@ class KafkaGateway:
             window_bytes=settings.window_bytes,
             linger_ms=0,
         )
+        producer.on_refused = self.dead_letters.refused_on_bus
         return Bus(settings, host, producer, partial(self._make_consumer, settings.topic, settings.retained_topic),
-                   self.cluster.facts)  # fmt: skip
+                   self.cluster.facts, self.dead_letters)  # fmt: skip
 
     def _make_consumer(
         self, topic: str, retained_topic: str, on_records: Callable[[list[ConsumedRecord]], None]
@@ -117,11 +142,15 @@ class KafkaGateway:
 
     async def stop(self) -> None:
         """Ship what is held, close. Bounded by the caller's cancel scope: cancelled, everything closes by force."""
-        async with trio.open_nursery() as nursery:
-            if self._bus is not None:
-                nursery.start_soon(self._bus.stop)
-            if self._archive is not None:
-                nursery.start_soon(self._archive.stop)
+        try:
+            async with trio.open_nursery() as nursery:
+                if self._bus is not None:
+                    nursery.start_soon(self._bus.stop)
+                if self._archive is not None:
+                    nursery.start_soon(self._archive.stop)
+        finally:
+            if self._dlq is not None:  # last: the others may end with letters
+                await self._dlq.stop()
 
     def describe(self) -> Sequence[str]:
         """Return lines for the start-up summary."""
@@ -146,4 +175,4 @@ class KafkaGateway:
             counters |= {f"archive_{name}": value for name, value in self._archive.counters().items()}
         if self._bus is not None:
             counters |= self._bus.counters()
-        return counters
+        return counters | self.dead_letters.counters()

@@ -119,4 +119,5 @@ class JsonMapper:
             value=json_value(message, self.broker_id, milliseconds, self._timestamps),
             headers=record_headers(message, self.broker_id.encode(), milliseconds),
             timestamp_ms=milliseconds,
+            message=message,
         )

@@ -53,6 +53,18 @@ class BusOptions:
 
 
 @attrs.frozen(kw_only=True)
+class DlqOptions:
+    """[Kafka.Dlq]: dead letters. `[Kafka.Topics.Dlq] Enabled = false` turns them off."""
+
+    payloads: bool = True
+    """Letters hold the whole record where it fits; false: never more than facts, size and SHA-256."""
+    window_records: int = attrs.field(default=1000, validator=[ge(1), le(100_000)])
+    """Letters that Kafka has not confirmed. Outcome: further ones are counted and logged only."""
+    window_bytes: int = attrs.field(default=8 * 1024 * 1024, validator=[ge(64 * 1024), le(1024**3)])
+    """Bytes of letters that Kafka has not confirmed. Outcome as above."""
+
+
+@attrs.frozen(kw_only=True)
 class SecurityOptions:
     """[Kafka.Security]"""
 
@@ -125,6 +137,7 @@ class KafkaOptions:
     bootstrap_servers: str | list[str] | None = attrs.field(default=None, validator=check_servers)
     """The same under its Kafka name."""
     bus: BusOptions = BusOptions()
+    dlq: DlqOptions = DlqOptions()
     security: SecurityOptions = SecurityOptions()
     ssl: SslOptions = SslOptions()
     topics: TopicsOptions = TopicsOptions()

@@ -27,8 +27,10 @@ from gateways.kafka.bus_records import (
     encode_header,
     encode_message,
 )
+from gateways.kafka.dead_letters import DeadLetters
+from gateways.kafka.dlq import Stage
 from gateways.kafka.partitions import partition_for
-from gateways.kafka.records import ConsumedRecord, Record
+from gateways.kafka.records import ConsumedRecord, Reason, Record
 from mqtt_trio.gateway import LocalClient, Message
 
 log = logging.getLogger("gateways.kafka.retained")
@@ -64,8 +66,10 @@ class Retained:
         *,
         local: LocalClient,
         settled: Callable[[int], None],
+        dead_letters: DeadLetters | None = None,
     ) -> None:
         """`settled` is told the bytes that need no room any more."""
+        self._dead_letters = dead_letters or DeadLetters()
         self.topic = topic
         self.partitions = 1
         """Partitions of the topic; set before the first `ship`."""
@@ -115,16 +119,16 @@ class Retained:
         if message.payload:  # an empty one removes the message [MQTT5-3.3.1-6]: a tombstone
             try:
                 value = encode_header(Kind.BATCH, self._instance_id, self._node_id, sequence) + encode_message(message)
-            except BusRecordError:
+            except BusRecordError as exc:
                 self.failed += 1
+                self._dead_letters.of_message(Stage.RETAINED, message, self.topic, Reason.UNENCODABLE, str(exc))
                 self._own.pop(key, None)
                 self._settled(size)
                 return
             if len(value) + len(key) > self.maximum_size:
                 self.too_large += 1
-                log.warning(
-                    "retained message of %d bytes is too large for %s: only this node has it", len(value), self.topic
-                )
+                text = f"retained message of {len(value)} bytes is too large for {self.topic}: only this node has it"
+                self._dead_letters.of_message(Stage.RETAINED, message, self.topic, Reason.TOO_LARGE, text)
                 value = None  # the others at least lose the outdated one
         self._sequences[number] = sequence
         self._own[key].sequence = sequence
@@ -174,9 +178,12 @@ class Retained:
         try:
             message = self._decode(record)
         except BusRecordError as exc:
-            self.unknown_version += isinstance(exc, UnknownVersionError)
-            self.malformed += not isinstance(exc, UnknownVersionError)
+            is_version = isinstance(exc, UnknownVersionError)
+            self.unknown_version += is_version
+            self.malformed += not is_version
             log.debug("%s-%d@%d: %s", record.topic, record.partition, record.offset, exc)
+            reason = Reason.UNKNOWN_VERSION if is_version else Reason.MALFORMED
+            self._dead_letters.unreadable(record, reason, str(exc))
             return
         if not self._is_ours_behind(record, message):
             self.local.set_retained(message)

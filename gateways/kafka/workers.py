@@ -21,7 +21,7 @@ from kafka.net.compat import KafkaNetClient
 from kafka.net.inet import KafkaNetSocket
 
 from gateways.kafka.options import KafkaOptions
-from gateways.kafka.records import ConsumedRecord, Record
+from gateways.kafka.records import ConsumedRecord, Reason, Record
 from mqtt_trio.errors import ConfigError
 
 BOOTSTRAP_TIMEOUT_MS: Final = 3000
@@ -38,6 +38,7 @@ FAULT_OF_ONE_RECORD: Final = (
     kafka_errors.InvalidRecordError,
     kafka_errors.InvalidTimestampError,
 )
+TOO_LARGE: Final = (kafka_errors.MessageSizeTooLargeError, kafka_errors.RecordListTooLargeError)
 RETRIABLE: Final = (kafka_errors.RetriableError, kafka_errors.KafkaTimeoutError)
 OWNED: Final = frozenset(
     {
@@ -77,6 +78,11 @@ def quiet_loggers() -> None:
 def is_fault_of_record(error: BaseException) -> bool:
     """Tell whether Kafka refused one record for what it is, so that no repetition can help."""
     return isinstance(error, FAULT_OF_ONE_RECORD)
+
+
+def reason_for(error: BaseException) -> Reason:
+    """Return what a dead letter says of a record that met `error`."""
+    return Reason.TOO_LARGE if isinstance(error, TOO_LARGE) else Reason.REFUSED
 
 
 def is_retriable(error: BaseException) -> bool:

@@ -15,6 +15,7 @@ import trio
 from gateways.kafka.bridge import ProducerBridge, Record
 from gateways.kafka.cluster import Cluster, TopicFacts
 from gateways.kafka.options import KafkaOptions
+from gateways.kafka.records import Reason
 from mqtt_trio.errors import GatewayError
 from tests.gateway_support import LIMIT, told
 
@@ -32,6 +33,9 @@ class FakeFaults:
 
     def is_fault_of_record(self, error: BaseException) -> bool:
         return isinstance(error, PoisonError)
+
+    def reason_for(self, error: BaseException) -> Reason:
+        return Reason.REFUSED
 
     def is_retriable(self, error: BaseException) -> bool:
         return isinstance(error, AwayError)

@@ -1,0 +1,92 @@
+"""Dead letters in a real Kafka [K7, K12]."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import kafka as client
+import pytest
+import trio
+from jsonschema import Draft202012Validator
+
+from gateways.kafka import build
+from gateways.kafka.dlq import MqttSource, Stage, load_dlq_schema
+from gateways.kafka.dlq_reading import decode_letter
+from gateways.kafka.kafka_gateway import KafkaGateway
+from gateways.kafka.options import KafkaOptions, TopicOptions, TopicsOptions
+from gateways.kafka.records import Reason
+from mqtt_trio.gateway import Message
+from tests.gateway_support import LIMIT
+from tests.gateways.memory_bus import FakeHost
+from tests.kafka_support import KafkaNode, unique_name
+
+pytestmark = pytest.mark.kafka
+VALIDATOR = Draft202012Validator(load_dlq_schema())
+
+
+def read(servers: str, topic: str, count: int) -> list[Any]:
+    """Read a topic as any other program would."""
+    consumer = client.KafkaConsumer(topic, bootstrap_servers=servers, auto_offset_reset="earliest", group_id=None)
+    found: list[Any] = []
+    try:
+        for _ in range(100):
+            for records in consumer.poll(timeout_ms=200).values():
+                found += records
+            if len(found) >= count:
+                break
+    finally:
+        consumer.close()
+    return found
+
+
+@asynccontextmanager
+async def running(options: KafkaOptions, topics: Sequence[str | None]) -> AsyncIterator[tuple[KafkaGateway, list[Any]]]:
+    gateway = build(options)
+    stores = [gateway.archive_store(topic, f"group-{number}") for number, topic in enumerate(topics)]
+    async with trio.open_nursery() as nursery:
+        with trio.fail_after(LIMIT):
+            await nursery.start(gateway.run, FakeHost("node-1", bytes(16)))
+        for store in stores:
+            await nursery.start(store.run)
+        yield gateway, stores
+        with trio.move_on_after(5):
+            await gateway.stop()
+        nursery.cancel_scope.cancel()
+
+
+async def test_what_the_archive_cannot_take_is_a_dead_letter_and_fails(kafka: KafkaNode) -> None:
+    archive, dlq = unique_name("archive"), unique_name("dlq")
+    topics = TopicsOptions(
+        archive=TopicOptions(name=archive, partitions=2, config={"max.message.bytes": "3000"}),
+        dlq=TopicOptions(name=dlq),
+    )
+    options = KafkaOptions(servers=kafka.servers, topics=topics)
+    noise = random.Random(7).randbytes(4000)
+    messages = [
+        Message("a", payload, 1, client_id="c", published_at=1.5 + number)
+        for number, payload in enumerate((b"1", noise, b"2", b"x" * 4000))  # the last one fits once it is compressed
+    ]
+    outcomes: list[Any] = []
+    async with running(options, [None]) as (gateway, stores):
+        stores[0].submit(messages, outcomes.append)
+        with trio.fail_after(LIMIT):
+            await stores[0].stop()
+    (outcome,) = outcomes
+    assert list(outcome) == [1]  # it counts as not stored, so with Ack = "store" its answer is negative
+    stored = await trio.to_thread.run_sync(read, kafka.servers, archive, 3)
+    assert [json.loads(record.value)["payload"][:1] for record in stored] == ["1", "2", "x"]
+    (record,) = await trio.to_thread.run_sync(read, kafka.servers, dlq, 1)
+    VALIDATOR.validate(json.loads(record.value))
+    letter = decode_letter(record.value)
+    assert (letter.stage, letter.reason, letter.size) == (Stage.ARCHIVE, Reason.TOO_LARGE, 4000)
+    assert letter.source == MqttSource(topic="a", client_id="c", published_at=2.5, qos=1)
+    assert letter.record is None
+    assert letter.target == archive
+    assert record.key == letter.id.encode()
+    assert dict(record.headers)["mqtt.dlq.reason"] == b"too_large"
+    counters = gateway.counters()
+    assert (counters["dlq_letters_written"], counters["dlq_letters_lost"], counters["dlq_too_large"]) == (1, 0, 1)
