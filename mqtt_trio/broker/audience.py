@@ -40,7 +40,9 @@ class Fan:
     rest: tuple[tuple[bool, int, tuple[Session, ...]], ...]
     """They get it written anew: (whether in 5.0, at which QoS, who)."""
     apart: tuple[Member, ...]
-    """They get it one by one: offline, or their copies differ."""
+    """They get it one by one: offline, or their copies differ, or these must wait for the store."""
+    gated: bool = False
+    """Whether copies at QoS 2 wait until the store has those of others (`Journal.gated`)."""
 
 
 @attrs.define(eq=False)
@@ -79,6 +81,7 @@ class Audience:
         apart = []
         kept = []
         shares = {*self.slices[0], *self.slices[1]}
+        gated = qos == 2 and self.kept
         for member in self.members:
             outbox = member.session.outbox
             if outbox is None or outbox not in shares:
@@ -92,10 +95,13 @@ class Audience:
                 else:
                     apart.append(member)
                 continue
+            if gated and copy[1] == 2:
+                apart.append(member)
+                continue
             copies.setdefault(copy, []).append(member.session)
         same = copies.pop((v5, qos), [])
         rest = tuple((*copy, tuple(sessions)) for copy, sessions in copies.items())
-        fan = self.fans[kind] = Fan(tuple(same), tuple(kept), rest, tuple(apart))
+        fan = self.fans[kind] = Fan(tuple(same), tuple(kept), rest, tuple(apart), gated)
         return fan
 
     def invalidate(self) -> None:

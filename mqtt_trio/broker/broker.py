@@ -327,10 +327,16 @@ class Broker:
         self.inbound.acknowledge(session, qos, packet_id, answers, kept)
 
     def deliver_singly(
-        self, run: FrameRun, members: Iterable[Member], groups: Iterable[ShareGroup], now: float
+        self,
+        run: FrameRun,
+        members: Iterable[Member],
+        groups: Iterable[ShareGroup],
+        now: float,
+        *,
+        gated: bool = False,
     ) -> None:
         """Deliver a run to members that cannot share its bytes, and to share groups."""
-        self.sender.deliver_singly(run, members, groups, now)
+        self.sender.deliver_singly(run, members, groups, now, gated=gated)
 
     # Packets of a connected client
 

@@ -44,13 +44,18 @@ class Sender:
         routed; None: everybody may receive everything."""
         self.share: Callable[[ShareGroup, Message, Encodings, float], None]
         """Send a message to one member of a share group."""
+        self.gated = False
+        """The store must have the message that is being delivered for somebody, and its publisher is told when it has
+        not. Copies at QoS 2 leave once it has, so that nobody has one already when the publisher begins anew."""
         self.bursts: Bursts
         """What sends retained messages to new subscriptions."""
         self.pull: Callable[[Session, float], None]
         """Let a session have what waits in its share groups, as far as it can take it."""
 
-    def deliver(self, message: Message, audience: Audience, now: float) -> None:
-        """Send one message to every member of an audience, encoded once per kind of copy."""
+    def deliver(self, message: Message, audience: Audience, now: float, *, gated: bool = False) -> None:
+        """Send one message to every member of an audience, encoded once per kind of copy. `gated`: those at QoS 2 get
+        it once the store has it."""
+        self.gated = gated
         encodings: Encodings = {}
         for member in audience.members:
             retain = message.retain and member.retain_as_published  # [MQTT5-3.3.1-12], [MQTT5-3.3.1-13]
@@ -58,11 +63,19 @@ class Sender:
             self.send(member.session, Delivery(message, qos, retain, member.subscription_identifiers), encodings, now)
         for group in audience.groups:
             self.share(group, message, encodings, now)
+        self.gated = False
 
     def deliver_singly(
-        self, run: FrameRun, members: Iterable[Member], groups: Iterable[ShareGroup], now: float
+        self,
+        run: FrameRun,
+        members: Iterable[Member],
+        groups: Iterable[ShareGroup],
+        now: float,
+        *,
+        gated: bool = False,
     ) -> None:
         """Send the frames of a run to members whose copies are not the frames themselves, and to share groups."""
+        self.gated = gated
         for message in read_run(run):
             encodings: Encodings = {}
             for member in members:
@@ -71,6 +84,7 @@ class Sender:
                 self.send(member.session, delivery, encodings, now)
             for group in groups:
                 self.share(group, message, encodings, now)
+        self.gated = False
 
     def send(self, session: Session, delivery: Delivery, encodings: Encodings, now: float) -> None:
         """Send or queue one delivery; what neither fits is dropped and counted."""
@@ -124,14 +138,20 @@ class Sender:
     ) -> None:
         """Send one QoS 1 or 2 delivery; the caller has seen a free slot and room."""
         packet_id = session.take_id()
-        waits = delivery.qos == 2 and session.number != 0  # for the store to have its Packet Identifier
+        gated = delivery.qos == 2 and not session.number and self._waits_for_others(delivery)
+        waits = gated or (delivery.qos == 2 and session.number != 0)  # for the store to have its Packet Identifier
         frame = self._frame(delivery, outbox, encodings, packet_id, now, plain=waits)
         if frame is None:
             if delivery.number:
                 self.journal.done(delivery.number)
             return
         session.inflight[packet_id] = delivery
-        if session.number or delivery.group is not None:
+        if gated:
+            before = delivery.number
+            self.journal.gate(session, delivery, packet_id)
+            if before > 0:  # it was the group's
+                self.journal.done(before)
+        elif session.number or delivery.group is not None:
             self._keep(session, delivery, packet_id)
         if waits:
             self.journal.hold(outbox).publishes[packet_id] = frame
@@ -142,6 +162,11 @@ class Sender:
             self.metrics.messages_sent_qos1 += 1
         else:
             self.metrics.messages_sent_qos2 += 1
+
+    def _waits_for_others(self, delivery: Delivery) -> bool:
+        """Whether a delivery to a session that is not kept is of a message that may still be taken back: it is being
+        published, or waited in a queue since, or was the share group's and the store does not have it yet."""
+        return self.gated or delivery.number < 0 or delivery.number > self.journal.safe
 
     def _keep(self, session: Session, delivery: Delivery, packet_id: int) -> None:
         """Note that a delivery goes out under `packet_id`.
@@ -251,8 +276,12 @@ class Sender:
         """Have a delivery wait; what the bounds of the queue push out is dropped and counted."""
         expired, dropped = owner.queue.add(delivery, self.limits, now + self.wall_offset)
         self.metrics.messages_queued += 1 - len(dropped) - len(expired)
-        if owner.number and delivery not in dropped:
+        if delivery in dropped:
+            pass
+        elif owner.number:
             self.journal.add(owner.number, delivery, 0)
+        elif self.gated and delivery.qos == 2:
+            self.journal.gate(owner, delivery, 0)
         session = owner if isinstance(owner, Session) else None
         for reason, deliveries in (("expired", expired), ("queue_full", dropped)):
             for lost in deliveries:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from mqtt_trio.broker.journal import AGAIN, TURN, Kept
+from mqtt_trio.broker.journal import AGAIN, TURN, Kept, positive
 from mqtt_trio.broker.message import Message
 from mqtt_trio.broker.outbox import ClientLink, Outbox
 from mqtt_trio.broker.reasons import NO_SUCH_IDENTIFIER, why_not_published
@@ -31,7 +31,7 @@ class Inbound:
         broker = self.broker
         if packet.qos:
             if packet.qos == 2 and packet.packet_id in session.received:
-                self._repeat_pubrec(link, session, packet)
+                self._repeated(link, session, packet, now)
                 return True
             if not self._may_take(link, session):
                 return session.link is not link  # ended: handled; paused: not
@@ -42,15 +42,7 @@ class Inbound:
             broker.metrics.dropped_not_authorized += 1
             self._refuse(session, packet.qos, packet.packet_id or 0, ReasonCode.NOT_AUTHORIZED)
             return True
-        message = Message(
-            packet.topic_name,
-            packet.payload,
-            int(packet.qos),
-            packet.retain,
-            packet.properties,
-            session.client_id,
-            now + broker.wall_offset,
-        )
+        message = self._message(session, packet, now)
         self._count(packet.qos)
         audience = broker.audience(message.topic_name, session.client_id)
         journal = broker.journal
@@ -66,15 +58,25 @@ class Inbound:
             session.received.add(packet.packet_id or 0)  # [MQTT5-4.3.3-10]
         if packet.retain:
             self.retain(message)
-        broker.sender.deliver(message, audience, now)
+        gated = packet.qos == 2 and journal.keeps and (packet.retain or audience.kept)
+        broker.sender.deliver(message, audience, now, gated=gated)
         if packet.qos:
-            kept = None
-            if journal.last_number != before or (packet.retain and journal.keeps):
-                kept = (before, journal.last_number)
+            kept = (before, journal.last_number) if journal.last_number != before else None
             self.acknowledge(session, packet.qos, packet.packet_id or 0, answers, kept)
         if link.lane is not None:
             link.lane.learn(message.topic_name, audience)
         return True
+
+    def _message(self, session: Session, packet: Publish, now: float) -> Message:
+        return Message(
+            packet.topic_name,
+            packet.payload,
+            int(packet.qos),
+            packet.retain,
+            packet.properties,
+            session.client_id,
+            now + self.broker.wall_offset,
+        )
 
     def _may_take(self, link: ClientLink, session: Session) -> bool:
         """Whether a QoS 1 or 2 PUBLISH may be looked at now; pauses or ends the link where not."""
@@ -138,24 +140,26 @@ class Inbound:
     ) -> None:
         """Send PUBACK or PUBREC, or queue it behind what it has to wait for. `kept`: the store must have these
         deliveries first."""
-        link = session.link
-        if link is None:
-            return  # the delivery ended its own publisher
-        if qos == 2 and kept is not None and kept != AGAIN and session.number and packet_id in session.received:
-            self.broker.keeper.received(session, packet_id, True)
         holds = [answer for answer in answers if isinstance(answer, Hold)]
-        packet = PubAck(packet_id) if qos == 1 else PubRec(packet_id)
-        if not holds and not session.acks:
+        if qos == 2 and kept is not None and kept != AGAIN and session.number and packet_id in session.received:
+            self.broker.keeper.received(session, packet_id, gated=bool(holds))
+        link = session.link
+        if link is None and not (holds and qos == 2 and packet_id in session.received):
+            return  # the delivery ended its own publisher
+        if link is not None and not holds and not session.acks:
             if kept is not None or link.outbox.answers_wait:
                 self.hold(link.outbox, qos, packet_id, kept)
             else:
-                self.broker.reply(link, packet)
+                self.broker.reply(link, PubAck(packet_id) if qos == 1 else PubRec(packet_id))
             return
         negative = partial(self._negative, session, qos, packet_id)
-        ack = PendingAck(link.connection.encode(packet), qos, packet_id, len(holds), negative, kept=kept)
-        session.acks.append(ack)
+        ack = PendingAck(positive(qos, packet_id), qos, packet_id, len(holds), negative, kept=kept, link=link)
+        if link is not None:
+            session.acks.append(ack)
+        if qos == 2 and holds:
+            session.gates[packet_id] = ack
         for hold in holds:
-            hold.when_released(partial(self._released, session, link, ack, hold))
+            hold.when_released(partial(self._released, session, ack, hold))
 
     def hold(self, outbox: Outbox, qos: int, packet_id: int, kept: Kept | None) -> None:
         """Have an answer wait for the store, or for answers that do."""
@@ -163,17 +167,26 @@ class Inbound:
         self.broker.journal.hold(outbox).acks.append((qos, packet_id, first, last))
         outbox.held_acks += qos == 1
 
-    def _released(self, session: Session, link: ClientLink, ack: PendingAck, hold: Hold) -> None:
+    def _released(self, session: Session, ack: PendingAck, hold: Hold) -> None:
         """One hold of one acknowledgement was released: send what may go now, in order."""
         ack.waiting_for -= 1
         ack.refused = ack.refused or hold.refused
-        if session.link is not link:
+        if ack.waiting_for == 0 and session.gates.get(ack.packet_id) is ack:
+            if ack.refused is None:
+                del session.gates[ack.packet_id]
+            else:
+                session.gates[ack.packet_id] = None
+        link = session.link
+        if link is None or ack.link is not link:
             return  # the connection is gone, the client will ask again
-        acks = session.acks
+        acks, safe = session.acks, self.broker.journal.safe
         while acks and acks[0].waiting_for == 0:
             ack = acks.popleft()
-            if ack.refused is None and (ack.kept is not None or link.outbox.answers_wait):
-                self.hold(link.outbox, ack.qos, ack.packet_id, ack.kept)
+            kept = ack.kept
+            if kept is not None and kept != AGAIN and kept[1] <= safe:
+                kept = None  # the store has it by now
+            if ack.refused is None and (kept is not None or link.outbox.answers_wait):
+                self.hold(link.outbox, ack.qos, ack.packet_id, kept)
                 continue
             frame = ack.frame if ack.refused is None else ack.on_refused(ack.refused)
             if frame:
@@ -182,15 +195,17 @@ class Inbound:
             self.broker.unstall(link)
 
     def _negative(self, session: Session, qos: int, packet_id: int, reason_code: ReasonCode) -> bytes:
-        """The frame that says no, or nothing after ending a 3.x client, whose version has none."""
-        session.received.discard(packet_id)
-        if packet_id in session.received_kept and qos == 2:
-            self.broker.keeper.received(session, packet_id, False)
+        """The frame that says no, or nothing after ending a 3.x client, whose version has none. What a 3.x client sends
+        again then goes to the taps alone, when its subscribers have it."""
         link = session.link
         assert link is not None
         if link.connection.protocol_version != ProtocolVersion.MQTT_5_0:
             link.end(reason_code, "the message was refused")
             return b""
+        if qos == 2:
+            session.received.discard(packet_id)
+            session.gates.pop(packet_id, None)
+            self.broker.keeper.freed(session, packet_id)
         told = why_not_published(reason_code, self.broker.limits)
         packet = PubAck(packet_id, reason_code, told) if qos == 1 else PubRec(packet_id, reason_code, told)
         return link.connection.encode(packet)
@@ -238,12 +253,25 @@ class Inbound:
         else:
             link.end(ReasonCode.TOPIC_NAME_INVALID, text)
 
-    def _repeat_pubrec(self, link: ClientLink, session: Session, packet: Publish) -> None:
-        """A QoS 2 message came again: the same answer, no second delivery [MQTT5-4.3.3-10]."""
-        if any(ack.qos == 2 and ack.packet_id == packet.packet_id for ack in session.acks):
+    def _repeated(self, link: ClientLink, session: Session, packet: Publish, now: float) -> None:
+        """A QoS 2 message came again: the same answer, no second delivery [MQTT5-4.3.3-10]. What the taps did not let
+        go is answered when they do, or shown to them again."""
+        packet_id = packet.packet_id or 0
+        if any(ack.qos == 2 and ack.packet_id == packet_id for ack in session.acks):
             return  # its first PUBREC is still on the way
-        kept = AGAIN if packet.packet_id in session.received_kept else None  # the store may not have it yet
-        self.acknowledge(session, 2, packet.packet_id or 0, (), kept)
+        kept = AGAIN if packet_id in session.received_kept else None  # the store may not have it yet
+        answers: list[Hold | Refused] = []
+        if packet_id in session.gates:
+            if (waiting := session.gates[packet_id]) is not None:
+                waiting.link = link
+                session.acks.append(waiting)
+                return
+            message = self._message(session, packet, now)
+            answers = self.show(self.broker.audience(message.topic_name, session.client_id).taps, message)
+            if self.refused(session, 2, packet_id, answers):
+                return
+            del session.gates[packet_id]
+        self.acknowledge(session, 2, packet_id, answers, kept)
 
     def pubrel(self, link: ClientLink, session: Session, packet: Packet, now: float) -> bool:
         """The publisher lets go of a QoS 2 Packet Identifier [MQTT5-4.3.3-11]."""
@@ -253,14 +281,14 @@ class Inbound:
             session.carried.discard(packet.packet_id)
         if packet.packet_id in session.received:
             session.received.remove(packet.packet_id)
+            session.gates.pop(packet.packet_id, None)
             answer = PubComp(packet.packet_id)
         else:
             answer = PubComp(packet.packet_id, ReasonCode.PACKET_IDENTIFIER_NOT_FOUND, NO_SUCH_IDENTIFIER)
             # Another connection may have freed it, and the store may not know yet: after a crash the identifier would
             # be in use again, and the next message under it be taken for a repetition.
             waits = session.number != 0
-        if packet.packet_id in session.received_kept:
-            self.broker.keeper.received(session, packet.packet_id, False)
+        self.broker.keeper.freed(session, packet.packet_id)
         if waits:
             self.broker.journal.hold(link.outbox).frames.append(link.connection.encode(answer))
         else:

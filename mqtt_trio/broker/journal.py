@@ -27,6 +27,7 @@ from mqtt_trio.protocol.wire import PACKET_IDS
 if TYPE_CHECKING:
     from mqtt_trio.broker.outbox import Outbox
     from mqtt_trio.broker.session import Delivery, Session
+    from mqtt_trio.broker.shares import ShareGroup
 
 V5: Final = ProtocolVersion.MQTT_5_0
 ROW_SIZE: Final = 200
@@ -44,6 +45,8 @@ _ANSWERS: Final = {1: b"\x40\x02", 2: b"\x50\x02"}
 
 Kept: TypeAlias = tuple[Number, Number]
 """Which deliveries a publish led to: those behind the first number, up to the second one. Or TURN, or AGAIN."""
+Gated: TypeAlias = tuple["Session | ShareGroup", "Delivery", int]
+"""Whose delivery, which one, its Packet Identifier (0: it waits in the queue)."""
 TURN: Final = (1, 0)
 """Of a publish that needs no store: its answer waits for those in front of it."""
 AGAIN: Final = (2, 0)
@@ -109,7 +112,12 @@ class Journal:
         """Why the store takes nothing, while it does not: publishes that need it are refused."""
         self.renumbered: dict[Number, Number] = {}
         """Old and new number of deliveries that went from a share group to a member, whose own ones they are to follow;
-        until the store has the old one, its publisher's answer names it."""
+        until the store has the old one, its publisher's answer names it. Negative new ones stand in `gated`."""
+        self.safe = 0
+        """What has a number up to this one is on disk, or needs no store any more."""
+        self.gated: dict[Number, Gated] = {}
+        """Deliveries at QoS 2 that the store does not get, but that leave only once it has what else their publish led
+        to. They have numbers of the same sequence, which stand negative in them."""
         self._taken = 0
         """The last number of the batch that is out."""
         self._doubtful = 0
@@ -198,6 +206,8 @@ class Journal:
 
     def move(self, number: Number, owner: Owner, packet_id: int, flags: int) -> None:
         """A delivery has another owner, another Packet Identifier (0: it waits) or other flags."""
+        if number < 0:
+            return
         self.dirty = True
         row = self.batch.deliveries.get(number)
         if row is None:
@@ -208,6 +218,9 @@ class Journal:
 
     def done(self, number: Number) -> None:
         """A delivery is at its end."""
+        if number < 0:
+            self.gated.pop(-number, None)
+            return
         self.dirty = True
         batch = self.batch
         if batch.deliveries.pop(number, None) is None or number <= self._doubtful:
@@ -220,6 +233,24 @@ class Journal:
                 del self._references[key]
                 if batch.contents.pop(key, None) is None or key <= self._doubtful:
                     batch.contents_done.append(key)
+
+    def gate(self, owner: Session | ShareGroup, delivery: Delivery, packet_id: int) -> None:
+        """A delivery at QoS 2 to a session that is not kept, or in the queue of a group that is not, is of a message
+        that the store must have first: its publisher may be told that it is not kept, and sends it again as a new one.
+        """
+        if delivery.number < 0:  # it waited for the group
+            self.gated[-delivery.number] = (owner, delivery, packet_id)
+            return
+        self.last_number = number = self.last_number + 1
+        if delivery.number:
+            self.renumbered[delivery.number] = -number
+        delivery.number = -number
+        self.gated[number] = (owner, delivery, packet_id)
+
+    def mark(self) -> Number:
+        """Return a number for a change that an answer waits for and that is no delivery."""
+        self.last_number += 1
+        return self.last_number
 
     def restore_content(self, number: Number, key: int) -> None:
         """A delivery that was loaded names a content."""
@@ -270,8 +301,12 @@ class Journal:
         self.failing = None
         self.done_number = self.number - 1
         self.out_size = 0
+        self.safe = taken = self._taken
         if self.renumbered:
-            self.renumbered = {old: new for old, new in self.renumbered.items() if old > self._taken}
+            self.renumbered = {old: new for old, new in self.renumbered.items() if old > taken}
+        if self.gated:
+            for number in [number for number in self.gated if number <= taken]:
+                self.gated.pop(number)[1].number = 0
         ready: list[Outbox] = []
         while self._waiting and self._waiting[0][0] <= self.done_number:
             ready += self._waiting.popleft()[1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mqtt_trio.broker.events import OutageBegan, OutageEnded
-from mqtt_trio.broker.journal import AGAIN, RELEASED, RETAIN, ROW_SIZE, TURN, Held, frame_of, positive
+from mqtt_trio.broker.journal import AGAIN, RELEASED, RETAIN, ROW_SIZE, Held, frame_of, positive
 from mqtt_trio.broker.message import Message
 from mqtt_trio.broker.queues import MessageQueue
 from mqtt_trio.broker.router import SubscriptionOptions
@@ -38,6 +38,8 @@ class Keeper:
         self._withdrawn: dict[int, tuple[MessageQueue, set[Number], set[Number]]] = {}
         """Of each queue with withdrawn deliveries: what waited there, and which of it goes. While a failure is dealt
         with."""
+        self._freed: dict[Session, None] = {}
+        """Sessions that have a free slot in their window by it. While a failure is dealt with."""
         self.outage_since: float | None = None
         """Monotonic instant of the first of the commits that failed, until one with messages succeeds. A store without
         space goes on taking what needs none: that is no end of the outage, it only lets the next message try."""
@@ -86,8 +88,8 @@ class Keeper:
         batch = journal.batch
         for topic_filter in session.subscriptions:
             batch.subscriptions.pop((number, topic_filter), None)
-        for packet_id in session.received_kept:
-            batch.received.pop((number, packet_id), None)
+        for value in session.received_kept.values():
+            batch.received.pop((number, value), None)
         batch.sessions[number] = None
         journal.dirty = True
         del self.sessions[number]
@@ -110,11 +112,22 @@ class Keeper:
         self.journal.batch.subscriptions[session.number, topic_filter] = None
         self.journal.dirty = True
 
-    def received(self, session: Session, packet_id: int, present: bool) -> None:
-        """An inbound QoS 2 Packet Identifier is in use, or free again."""
-        (session.received_kept.add if present else session.received_kept.discard)(packet_id)
-        self.journal.batch.received[session.number, packet_id] = present
+    def received(self, session: Session, packet_id: int, *, gated: bool = False) -> None:
+        """An inbound QoS 2 Packet Identifier is in use. `gated`: taps have not let its message go, so if that is not
+        known any more when it comes again, it is shown to them once more."""
+        value = -packet_id if gated else packet_id
+        session.received_kept[packet_id] = value
+        self.journal.batch.received[session.number, value] = True
+        self.journal.size += ROW_SIZE
         self.journal.dirty = True
+
+    def freed(self, session: Session, packet_id: int) -> None:
+        """An inbound QoS 2 Packet Identifier is free again."""
+        value = session.received_kept.pop(packet_id, None)
+        if value is not None:
+            self.journal.batch.received[session.number, value] = False
+            self.journal.size += ROW_SIZE
+            self.journal.dirty = True
 
     # Share groups
 
@@ -124,10 +137,15 @@ class Keeper:
             return
         group.number = self.journal.new_owner()
         self.groups[group.number] = group
+        group.forget_routes()  # they know whether anybody is kept
         self.journal.batch.groups[group.number] = group.name
         self.journal.dirty = True
         for delivery in group.queue:
+            before = -delivery.number
             self.journal.add(group.number, delivery, 0)
+            if before > 0:
+                del self.journal.gated[before]
+                self.journal.renumbered[before] = delivery.number
 
     def group_ended(self, group: ShareGroup) -> None:
         """A group has lost its last member. Called before its queue is dropped."""
@@ -146,6 +164,7 @@ class Keeper:
         if message.payload:
             row = (message.topic_name, frame_of(message), message.client_id, message.published_at)
             self.journal.size += ROW_SIZE + len(row[1])
+        self.journal.mark()  # the publisher's answer waits for it
         self.journal.batch.retained[message.topic_name] = row
         self.journal.dirty = True
 
@@ -205,6 +224,9 @@ class Keeper:
         for outbox in outboxes:
             self._answer_all(outbox)
         self._empty_queues()
+        freed, self._freed = self._freed, {}
+        for session in freed:
+            broker.sender.pump(session, now)
         refused, self._refused = self._refused, {}
         for session in refused:
             if session.link is not None:
@@ -238,7 +260,8 @@ class Keeper:
         session, packet_id = held.session, answer[1]
         if answer[2:] != AGAIN or session is None or packet_id not in session.received:
             return False
-        return self.journal.batch.received.get((session.number, packet_id)) is True
+        value = session.received_kept.get(packet_id, packet_id)
+        return self.journal.batch.received.get((session.number, value)) is True
 
     def _answer(self, outbox: Outbox, held: Held, answer: tuple[int, int, Number, Number]) -> None:
         """Say yes to what the store has or need not have; no to the rest, which is taken back as far as it has not
@@ -247,16 +270,18 @@ class Keeper:
         session = held.session
         if qos == 1:
             outbox.held_acks -= 1
-        again = answer[2:] == AGAIN and session is not None and packet_id in session.received
-        if again or answer[2:] == TURN:
+        if answer[2:] == AGAIN:
+            is_kept = session is not None and packet_id in session.received
+        else:
+            is_kept = last <= self.journal.safe
+        if is_kept:
             self._put_answer(outbox, positive(qos, packet_id))
             return
         for number in range(first + 1, last + 1):
             self._withdraw(number)
         if qos == 2 and session is not None:
             session.received.discard(packet_id)
-            if packet_id in session.received_kept:
-                self.received(session, packet_id, False)
+            self.freed(session, packet_id)
         session = outbox.session
         if session is not None and session.link is not None:
             self.broker.metrics.refused_by_store += 1
@@ -284,7 +309,11 @@ class Keeper:
 
     def _withdraw(self, number: Number) -> None:
         """Take back a delivery that waits in a queue or whose frame waits for the store; what was sent stays sent."""
-        number = self.journal.renumbered.get(number, number)
+        while (later := self.journal.renumbered.get(abs(number))) is not None:
+            number = later
+        if abs(number) in self.journal.gated:
+            self._withdraw_gated(abs(number))
+            return
         row = self.journal.batch.deliveries.get(number)
         if row is None:
             return
@@ -295,11 +324,8 @@ class Keeper:
             entry = session.inflight.get(packet_id)
             if entry is None or number_of(entry) != number or qos_of(entry) != 2 or row[3] & RELEASED:
                 return
-            del session.inflight[packet_id]
             session.resending.pop(packet_id, None)
-            if session.outbox is not None:
-                for held in session.outbox.held:
-                    session.outbox.held_size -= len(held.publishes.pop(packet_id, b""))
+            self._take_out(session, packet_id)
         elif queue is not None and self._mark(queue, number):
             pass
         else:
@@ -307,6 +333,24 @@ class Keeper:
                 self._leave_with_member(group, number)
             return
         self.journal.done(number)
+
+    def _withdraw_gated(self, number: Number) -> None:
+        """Take back what the store would not have got and whose frame waits for others, or that waits in a queue."""
+        owner, _, packet_id = self.journal.gated.pop(number)
+        if not packet_id:
+            self._mark(owner.queue, -number)
+        elif isinstance(owner, Session):
+            entry = owner.inflight.get(packet_id)
+            if isinstance(entry, Delivery) and entry.number == -number and entry.qos == 2:
+                self._take_out(owner, packet_id)
+
+    def _take_out(self, session: Session, packet_id: int) -> None:
+        """Remove what is in flight under an identifier, and its frame."""
+        del session.inflight[packet_id]
+        if session.outbox is not None:
+            for held in session.outbox.held:
+                session.outbox.held_size -= len(held.publishes.pop(packet_id, b""))
+            self._freed[session] = None
 
     def _mark(self, queue: MessageQueue, number: Number) -> bool:
         """Have `_empty_queues` take a delivery out of a queue; False when it is not there."""

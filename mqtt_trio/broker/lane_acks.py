@@ -58,7 +58,7 @@ def take_acks(lane: FastLane, data: bytes, pos: int, end: int) -> int:
             if session.carried:
                 session.carried.discard(packet_id)
             if packet_id in kept:
-                lane.broker.keeper.received(session, packet_id, False)
+                lane.broker.keeper.freed(session, packet_id)
                 waits.append(PUBCOMP + PACKET_IDS[packet_id])
             else:
                 replies += (PUBCOMP, PACKET_IDS[packet_id])

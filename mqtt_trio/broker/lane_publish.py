@@ -91,6 +91,7 @@ def take_publishes(lane: FastLane, data: bytes, pos: int, end: int, now: float) 
                 or len(inflight) >= receiver.send_maximum
                 or outbound in inflight
                 or outbox.room < total
+                or outbox.held_size  # frames wait that count, too
             ):
                 late = late or []
                 late.append(Member(receiver, qos, False, ()))
@@ -113,11 +114,11 @@ def take_publishes(lane: FastLane, data: bytes, pos: int, end: int, now: float) 
         if late or fan.apart or audience.groups:
             if run is None:
                 run = FrameRun(data[start:stop], 1, qos, lane.version, session.client_id, now + broker.wall_offset)
-            broker.deliver_singly(run, (*(late or ()), *fan.apart), audience.groups, now)
+            broker.deliver_singly(run, (*(late or ()), *fan.apart), audience.groups, now, gated=fan.gated)
         if journal.last_number != before:
             if not answers and not acks:
                 if qos == 2 and session.number:
-                    broker.keeper.received(session, number, True)
+                    broker.keeper.received(session, number)
                 journal.hold(mine).acks.append((qos, number, before, journal.last_number))
                 mine.held_acks += qos == 1
                 continue
@@ -251,6 +252,7 @@ def _send_copies(
                 or len(inflight) >= receiver.send_maximum
                 or outbound in inflight
                 or outbox.room < size
+                or outbox.held_size
             ):
                 late = late or []
                 late.append(Member(receiver, qos, False, ()))

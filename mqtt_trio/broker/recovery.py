@@ -47,6 +47,7 @@ class Recovery:
         published; a session whose client was connected counts as disconnected now."""
         journal, state = self.broker.journal, self.state
         journal.last_owner, journal.last_number = state.last_owner, state.last_number
+        journal.safe = journal.last_number
         for retained in state.retained:
             self._retained(retained)
         for session in state.sessions:
@@ -56,10 +57,13 @@ class Recovery:
             group.number = number
         for subscription in state.subscriptions:
             self._subscription(subscription)
-        for number, packet_id in state.received:
+        for number, value in state.received:
             if (session_found := self.sessions.get(number)) is not None:
+                packet_id = abs(value)
                 session_found.received.add(packet_id)
-                session_found.received_kept.add(packet_id)
+                session_found.received_kept[packet_id] = value
+                if value < 0:
+                    session_found.gates[packet_id] = None
         for delivery in state.deliveries:
             self._delivery(delivery)
         journal.drop_contents(state.contents)

@@ -34,7 +34,7 @@ class Delivery:
     group: ShareGroup | None = None
     """Whose message it is, when it came by a Shared Subscription."""
     number: int = 0
-    """Of its row in the store, 0 without one."""
+    """Of its row in the store, 0 without one; negative: it has none, and waits for others (`Journal.gated`)."""
     turn: int = 0
     """Of a delivery that waits: how many had come to its queue with it."""
 
@@ -83,6 +83,8 @@ class PendingAck:
     refused: ReasonCode | None = None
     kept: tuple[int, int] | None = None
     """Which deliveries of the message the store must have first (`journal.Kept`); None: it needs no store."""
+    link: ClientLink | None = None
+    """The connection among whose `Session.acks` it is."""
 
 
 class Session:
@@ -97,6 +99,7 @@ class Session:
         "deadline",
         "ended_at",
         "expiry_interval",
+        "gates",
         "inflight",
         "last_number",
         "link",
@@ -134,8 +137,11 @@ class Session:
         """Inbound QoS 2 Packet Identifiers whose PUBREL has not come [MQTT5-4.3.3-10]."""
         self.carried: set[int] | None = None
         """Those of them that were there when this connection began."""
-        self.received_kept: set[int] = set()
-        """Those of them that are in the store."""
+        self.received_kept: dict[int, int] = {}
+        """Those of them that are in the store, and what stands there for them (`Batch.received`)."""
+        self.gates: dict[int, PendingAck | None] = {}
+        """Those of them whose message went to its subscribers but has not been let go by all taps; it may outlive the
+        connection. None: what they said is not known any more, or was no; they are asked again when it comes again."""
         self.number = 0
         """In the store; 0: the session ends with its connection or with the process."""
         self.last_number = 0
@@ -164,6 +170,7 @@ class Session:
         self.resending.clear()
         self.received.clear()
         self.received_kept.clear()
+        self.gates.clear()
 
     def take_id(self) -> int:
         """Return a free Packet Identifier. There is one: `send_maximum` is below their number [MQTT5-2.2.1-4]."""

@@ -64,7 +64,8 @@ class Batch:
     contents_done: list[int] = attrs.Factory(list)
     """Keys that no delivery names any more."""
     received: dict[tuple[Owner, int], bool] = attrs.Factory(dict)
-    """Inbound QoS 2 Packet Identifiers by session and id: True while PUBREL has not come, False removes."""
+    """Inbound QoS 2 Packet Identifiers by session and id: True while PUBREL has not come, False removes. A negative id
+    is that of a message which the taps had not let go when it was noted."""
     retained: dict[str, RetainedRow | None] = attrs.Factory(dict)
     """By topic_name; None removes."""
 

@@ -94,8 +94,14 @@ def content_values(row: tuple[int, bytes]) -> Values:
 
 def received_values(row: tuple[Owner, int]) -> Values:
     """Return what stands in the file for an inbound QoS 2 Packet Identifier."""
-    entry = row[0] * IDS_PER_SESSION + row[1]
+    entry = received_entry(row)
     return (entry, crc32(b"%d" % entry))
+
+
+def received_entry(row: tuple[Owner, int]) -> int:
+    """Return the key of `received`: negative as the Packet Identifier is."""
+    session, packet_id = row
+    return session * IDS_PER_SESSION + packet_id if packet_id > 0 else packet_id - session * IDS_PER_SESSION
 
 
 def retained_values(row: RetainedRow) -> Values:
@@ -115,8 +121,8 @@ def _whole(values: Values) -> Values:
 
 
 def _received_row(values: Values) -> Values:
-    session, packet_id = divmod(values[0], IDS_PER_SESSION)
-    return (session, packet_id)
+    session, packet_id = divmod(abs(values[0]), IDS_PER_SESSION)
+    return (session, packet_id if values[0] > 0 else -packet_id)
 
 
 def _of_types(*columns: tuple[type, ...]) -> frozenset[tuple[type, ...]]:

@@ -28,6 +28,7 @@ from mqtt_trio.server.store_rows import (
     Table,
     Values,
     delivery_checksum,
+    received_entry,
 )
 
 CHUNK: Final = 1024
@@ -75,7 +76,7 @@ class Writer:
         _remove_numbers(db, DELIVERIES, batch.done)
         _remove_numbers(db, CONTENTS, batch.contents_done)
         _put(db, RECEIVED, [entry for entry, present in batch.received.items() if present])
-        gone = [s * IDS_PER_SESSION + packet_id for (s, packet_id), present in batch.received.items() if not present]
+        gone = [received_entry(entry) for entry, present in batch.received.items() if not present]
         _remove_numbers(db, RECEIVED, gone)
         _put(db, RETAINED, [row for row in batch.retained.values() if row is not None])
         _remove_listed(db, RETAINED, [topic for topic, row in batch.retained.items() if row is None])
@@ -110,7 +111,9 @@ class Writer:
         waiting = "DELETE FROM deliveries INDEXED BY deliveries_waiting WHERE packet_id = 0 AND owner IN (VALUES {})"
         received = (
             "WITH gone (session) AS (VALUES {}) DELETE FROM received WHERE entry IN (SELECT entry FROM gone CROSS JOIN"
-            f" received WHERE entry BETWEEN session * {IDS_PER_SESSION} AND session * {IDS_PER_SESSION} + 65535)"
+            f" received WHERE entry BETWEEN session * {IDS_PER_SESSION} AND session * {IDS_PER_SESSION} + 65535"
+            " UNION ALL SELECT entry FROM gone CROSS JOIN"
+            f" received WHERE entry BETWEEN -session * {IDS_PER_SESSION} - 65535 AND -session * {IDS_PER_SESSION})"
         )
         rows = [(owner,) for owner in removed]
         for statement in (waiting, received, "DELETE FROM subscriptions WHERE session IN (VALUES {})"):

@@ -112,7 +112,7 @@ def everything() -> Batch:
         batch.subscriptions[1, text] = (1, text, 0, None)
         batch.groups[100 + number] = f"$share/{text}"
         batch.retained[text] = (text, FRAMES[number % len(FRAMES)], text, 1_700_000_000.1)
-        batch.received[number, 65_535] = batch.received[number, 1] = True
+        batch.received[number, 65_535] = batch.received[number, 1] = batch.received[number, -2] = True
     batch.sessions[50] = (50, "connected", None, 0, None, None, None)
     for number, frame in enumerate(FRAMES, 1000):
         batch.contents[number] = frame
@@ -181,6 +181,7 @@ def _removes_owners_with_what_is_theirs(reopen: Reopen) -> None:
         batch.sessions[owner] = (owner, str(owner), None, 1, None, None, None)
         batch.subscriptions[owner, "a"] = (owner, "a", 1, None)
         batch.received[owner, 65_535] = batch.received[owner, 1] = True
+        batch.received[owner, -65_535] = batch.received[owner, -1] = True
     for number in range(1, 41):  # waiting ones and some on their way
         batch.deliveries[number] = delivery(number, number % 4 + 1, number if number % 8 < 4 else 0)
     state = apply(reopen, batch, Batch(sessions={1: None}, groups={4: None}))
@@ -188,7 +189,7 @@ def _removes_owners_with_what_is_theirs(reopen: Reopen) -> None:
     assert [row[0] for row in rows["sessions"]] == [2]
     assert [row[0] for row in rows["groups"]] == [3]
     assert rows["subscriptions"] == [(2, "a", 1, None)]
-    assert rows["received"] == [(2, 1), (2, 65_535)]
+    assert rows["received"] == [(2, -65_535), (2, -1), (2, 1), (2, 65_535)]
     assert rows["deliveries"] == [row for row in batch.deliveries.values() if row[1] in (2, 3)]
     # The next life knows as well what is whose.
     rows = rows_of(apply(reopen, Batch(sessions={2: None}, groups={3: None}, done=[1, 2])))

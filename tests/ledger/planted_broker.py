@@ -41,7 +41,7 @@ def acknowledge_early() -> None:
 def forget_received() -> None:
     """The store is not told which QoS 2 messages of publishers it has."""
 
-    def received(self: Keeper, session: Any, packet_id: int, present: bool) -> None:
+    def received(self: Keeper, session: Any, packet_id: int, *, gated: bool = False) -> None:
         self.journal.dirty = True
 
     commit = SqliteStore.commit
