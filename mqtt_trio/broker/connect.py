@@ -152,6 +152,8 @@ class Handshakes:
             denied = Denied(ReasonCode.TOPIC_NAME_INVALID, told := "the Will Topic has too many levels")
         elif old is None and len(connections.sessions) >= broker.limits.sessions:
             denied = Denied(ReasonCode.QUOTA_EXCEEDED, "[Limits] Sessions is reached")
+        elif broker.journal.overfull and _begins_kept(packet, old):
+            denied = Denied(ReasonCode.QUOTA_EXCEEDED, f"no session can be kept: {broker.journal.failing}")
         elif old is not None and broker.binds_sessions and old.user_name != principal.user_name:
             denied = Denied(ReasonCode.NOT_AUTHORIZED, "the session belongs to another user")
         if denied is not None:
@@ -292,6 +294,13 @@ class Handshakes:
         except Exception as exc:  # whoever decides drives the link; the error stays this client's
             link.failed(exc)
         self.broker.flush()
+
+
+def _begins_kept(packet: Connect, old: Session | None) -> bool:
+    """Whether a CONNECT begins a session that outlives its connection."""
+    if old is not None and old.number and not packet.clean_start:
+        return False
+    return bool(packet.session_expiry_interval) if packet.protocol_version is V5 else not packet.clean_start
 
 
 def _decision(pending: Pending) -> Granted | Denied | Challenge:

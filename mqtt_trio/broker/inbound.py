@@ -105,14 +105,19 @@ class Inbound:
         """Keep or remove the retained message of a topic [MQTT5-3.3.1-5], [MQTT5-3.3.1-6]."""
         broker = self.broker
         retained = broker.retained
-        before = retained.get(message.topic_name)
-        kept = retained.set(message)
-        if not kept and retained.drop_expired(message.published_at):
-            kept = retained.set(message)  # expired ones were in the way
-        if kept and broker.journal.keeps:
-            broker.keeper.retained(message)
-        elif before is not None and not kept:
-            broker.keeper.retained_gone(message.topic_name)
+        topic_name = message.topic_name
+        known = retained.get(topic_name) is not None or topic_name in broker.keeper.left_out
+        if kept := not broker.journal.overfull:
+            kept = retained.set(message)
+            if not kept and retained.drop_expired(message.published_at):
+                kept = retained.set(message)  # expired ones were in the way
+        else:
+            retained.remove(topic_name)  # nobody gets an old one for a new one
+        if kept and message.payload:
+            if broker.journal.keeps:
+                broker.keeper.retained(message)
+        elif known:
+            broker.keeper.retained_gone(topic_name)
         broker.metrics.retained_refused += not kept
         broker.metrics.retained_messages = len(broker.retained)
 

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 V5: Final = ProtocolVersion.MQTT_5_0
 ROW_SIZE: Final = 200
 """Bytes that a row of a batch counts for, beside its frame."""
+DONE_SIZE: Final = 50
+"""Bytes that a number of what is to be removed counts for."""
 SHARED_SIZE: Final = 200
 """Bytes of a frame from where on several deliveries of it share one copy in the store."""
 RETAIN: Final = 4
@@ -93,7 +95,7 @@ class Journal:
         """False: there is no store, so nothing is noted and nothing waits."""
         self.limit = limit
         """Bytes [Persistence.JournalBytes] of changes that wait to be committed. Outcome: QoS 1 and 2 publishers
-        wait."""
+        wait; while the store takes nothing, see `overfull`."""
         self.batch = Batch()
         self.number = 1
         """Of the batch that is being filled."""
@@ -139,6 +141,13 @@ class Journal:
         """Whether publishers inside the process must wait. Nobody can refuse what they bring, so while the store fails
         the batch that is tried again counts with what has come since."""
         return self.size + (self.out_size if self.failing is not None else 0) > self.limit
+
+    @property
+    def overfull(self) -> bool:
+        """Whether the store takes nothing and the limit is reached. Outcome: no session that is to be kept begins, kept
+        ones get no new subscriptions, retained messages are not changed: whatever brings rows under new keys. Rows
+        under those that are there come to an end by themselves."""
+        return self.failing is not None and self.full
 
     # Deliveries
 
@@ -225,6 +234,7 @@ class Journal:
         batch = self.batch
         if batch.deliveries.pop(number, None) is None or number <= self._doubtful:
             batch.done.append(number)
+            self.size += DONE_SIZE
             if batch.moves:
                 batch.moves.pop(number, None)
         if self._contents and (key := self._contents.pop(number, 0)):
@@ -321,9 +331,7 @@ class Journal:
         merge(batch, self.batch)
         self.batch = batch
         self.out_size = 0
-        self.size = sum(ROW_SIZE + len(row[8] or b"") for row in batch.deliveries.values())
-        self.size += sum(ROW_SIZE + len(frame) for frame in batch.contents.values())
-        self.size += sum(ROW_SIZE + len(row[1]) for row in batch.retained.values() if row is not None)
+        self.size = size_of(batch)
         return [outbox for _, outboxes in self._waiting for outbox in outboxes]
 
 
@@ -339,6 +347,18 @@ def frame_of(message: Message) -> bytes:
         message_expiry_interval=message.properties.message_expiry_interval,
     )
     return encoded.frame(1)
+
+
+def size_of(batch: Batch) -> int:
+    """Bytes of a batch, about."""
+    rows = len(batch.sessions) + len(batch.groups) + len(batch.subscriptions) + len(batch.received)
+    rows += len(batch.retained) + len(batch.deliveries) + len(batch.moves) + len(batch.contents)
+    size = ROW_SIZE * rows + DONE_SIZE * (len(batch.done) + len(batch.contents_done))
+    size += sum(len(row[8] or b"") for row in batch.deliveries.values())
+    size += sum(map(len, batch.contents.values()))
+    size += sum(len(row[1]) for row in batch.retained.values() if row is not None)
+    size += sum(len(row[5] or b"") for row in batch.sessions.values() if row is not None)
+    return size + sum(len(topic_filter) for _, topic_filter in batch.subscriptions)
 
 
 def merge(batch: Batch, later: Batch) -> None:

@@ -40,6 +40,8 @@ class Keeper:
         with."""
         self._freed: dict[Session, None] = {}
         """Sessions that have a free slot in their window by it. While a failure is dealt with."""
+        self.left_out: set[str] = set()
+        """Topics of retained messages in the store for which [Limits] left no room at the start."""
         self.outage_since: float | None = None
         """Monotonic instant of the first of the commits that failed, until one with messages succeeds. A store without
         space goes on taking what needs none: that is no end of the outage, it only lets the next message try."""
@@ -68,6 +70,7 @@ class Keeper:
             message = Message(will.topic_name, will.payload, int(will.qos), will.retain, will.properties)
             will_frame = will.will_delay_interval.to_bytes(4, "big") + frame_of(message)
         self.journal.dirty = True
+        self.journal.size += ROW_SIZE + len(will_frame or b"")
         self.journal.batch.sessions[session.number] = (
             session.number,
             session.client_id,
@@ -91,6 +94,7 @@ class Keeper:
         for value in session.received_kept.values():
             batch.received.pop((number, value), None)
         batch.sessions[number] = None
+        journal.size += ROW_SIZE
         journal.dirty = True
         del self.sessions[number]
 
@@ -110,6 +114,7 @@ class Keeper:
     def unsubscribed(self, session: Session, topic_filter: str) -> None:
         """A session gave up a subscription."""
         self.journal.batch.subscriptions[session.number, topic_filter] = None
+        self.journal.size += ROW_SIZE + len(topic_filter)
         self.journal.dirty = True
 
     def received(self, session: Session, packet_id: int, *, gated: bool = False) -> None:
@@ -139,6 +144,7 @@ class Keeper:
         self.groups[group.number] = group
         group.forget_routes()  # they know whether anybody is kept
         self.journal.batch.groups[group.number] = group.name
+        self.journal.size += ROW_SIZE
         self.journal.dirty = True
         for delivery in group.queue:
             before = -delivery.number
@@ -151,28 +157,31 @@ class Keeper:
         """A group has lost its last member. Called before its queue is dropped."""
         self._drop(group.queue)
         self.journal.batch.groups[group.number] = None
+        self.journal.size += ROW_SIZE
         self.journal.dirty = True
         del self.groups[group.number]
 
     # Retained messages
 
     def retained(self, message: Message) -> None:
-        """A retained message was set, or removed by an empty one."""
+        """A retained message was set."""
         if is_system_topic(message.topic_name):
             return
-        row = None
-        if message.payload:
-            row = (message.topic_name, frame_of(message), message.client_id, message.published_at)
-            self.journal.size += ROW_SIZE + len(row[1])
-        self.journal.mark()  # the publisher's answer waits for it
+        row = (message.topic_name, frame_of(message), message.client_id, message.published_at)
         self.journal.batch.retained[message.topic_name] = row
+        self.journal.size += ROW_SIZE + len(row[1])
+        self.journal.mark()  # the publisher's answer waits for it
         self.journal.dirty = True
+        self.left_out.discard(message.topic_name)
 
     def retained_gone(self, topic_name: str) -> None:
-        """A retained message has expired, or had to go."""
+        """A retained message was removed, has expired, or had to go; or may be in the store alone."""
         if self.journal.keeps and not is_system_topic(topic_name):
             self.journal.batch.retained[topic_name] = None
+            self.journal.size += ROW_SIZE
+            self.journal.mark()
             self.journal.dirty = True
+            self.left_out.discard(topic_name)
 
     # The store's answers; whoever calls flushes behind
 

@@ -79,6 +79,7 @@ class Recovery:
             broker.keeper.retained_gone(row[0])
         elif not broker.retained.set(message):
             self.beyond_limits += 1
+            broker.keeper.left_out.add(row[0])
         broker.metrics.retained_messages = len(broker.retained)
 
     def _message(self, frame: bytes, version: int, published_at: float, client_id: str = "") -> Message | None:

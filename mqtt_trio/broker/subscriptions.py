@@ -94,6 +94,7 @@ class Subscriptions:
         if is_new and (
             len(session.subscriptions) >= broker.limits.subscriptions_per_client
             or broker.metrics.subscriptions >= broker.limits.subscriptions
+            or (session.number and broker.journal.overfull)
         ):
             broker.metrics.subscriptions_refused += 1
             return ReasonCode.QUOTA_EXCEEDED, False
