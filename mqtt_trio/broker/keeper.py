@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from heapq import merge
 from typing import TYPE_CHECKING
 
 from mqtt_trio.broker.events import OutageBegan, OutageEnded
@@ -137,7 +138,8 @@ class Keeper:
     # Share groups
 
     def joined(self, group: ShareGroup, session: Session) -> None:
-        """A group has a member that is kept: then so is what waits for the group."""
+        """A group has a member that is kept: then so is what waits for the group. What members were sent and have not
+        acknowledged may come back to it, so it is in front; each member's part of that is in order."""
         if group.number or not session.number:
             return
         group.number = self.journal.new_owner()
@@ -146,6 +148,13 @@ class Keeper:
         self.journal.batch.groups[group.number] = group.name
         self.journal.size += ROW_SIZE
         self.journal.dirty = True
+        sent = [
+            [entry for entry in member.inflight.values() if isinstance(entry, Delivery) and entry.group is group]
+            for member in group.members
+        ]
+        for delivery in merge(*sent, key=lambda delivery: delivery.message.published_at):
+            if delivery.qos == 1:
+                self.journal.add(group.number, delivery, 0)
         for delivery in group.queue:
             before = -delivery.number
             self.journal.add(group.number, delivery, 0)

@@ -160,10 +160,7 @@ class Shares:
             entry = inflight.pop(packet_id)
             assert isinstance(entry, Delivery)
             session.resending.pop(packet_id, None)
-            returned = Delivery(entry.message, entry.message.qos, group=group, number=entry.number)
-            if group.number and not returned.number:  # it was sent before the group was kept
-                self.broker.journal.add(group.number, returned, 0)
-            back.append(returned)
+            back.append(Delivery(entry.message, entry.message.qos, group=group, number=entry.number))
         group.queue.put_back(back)
         self.broker.metrics.messages_queued += len(back)
 
