@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Protocol
@@ -103,6 +103,21 @@ class GatewayHost(Protocol):
 
     def local_client(self, name: str) -> LocalClient:
         """Make a publisher; `name` stands in logs."""
+
+    @property
+    def marks(self) -> Mapping[str, bytes] | None:
+        """What gateways had noted in the node's store when it started, by name; None when the node has no store."""
+
+    def note(self, source: Callable[[], Mapping[str, bytes | None]]) -> None:
+        """Ask `source`, at each commit of the store, for marks that are new or have changed (None removes one).
+
+        They are committed together with whatever was published, subscribed or acknowledged before, all of it or
+        nothing: a mark says how far a gateway had come when everything else was so. Begin the names with the gateway's
+        own. `source` runs on the Trio thread, is quick and does not raise; a commit that failed comes again with what
+        `source` says then on top. Without a store nothing happens."""
+
+    def commit(self) -> None:
+        """Have the store commit soon, though nothing but marks may have changed."""
 
     def flush(self) -> None:
         """Send what is waiting in the outboxes of touched clients; call it after releasing Holds."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import trio
 
 from mqtt_trio.broker.broker import Broker
@@ -24,6 +26,23 @@ class Host:
     def local_client(self, name: str) -> LocalPublisher:
         """Make a publisher; `name` stands in logs."""
         return LocalPublisher(self.broker, name, trio.current_time)
+
+    @property
+    def marks(self) -> Mapping[str, bytes] | None:
+        """What the store held at the start; None without a store."""
+        journal = self.broker.journal
+        return journal.marks if journal.keeps else None
+
+    def note(self, source: Callable[[], Mapping[str, bytes | None]]) -> None:
+        """Ask `source` for marks at each commit."""
+        if self.broker.journal.keeps:
+            self.broker.journal.sources.append(source)
+
+    def commit(self) -> None:
+        """Have the store commit soon."""
+        if self.broker.journal.keeps:
+            self.broker.journal.dirty = True
+            self.broker.flush()
 
     def flush(self) -> None:
         """Send what waits in the outboxes of touched clients."""

@@ -13,7 +13,7 @@ would lose a message or deliver it twice.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 import attrs
@@ -125,6 +125,11 @@ class Journal:
         self._doubtful = 0
         """Rows up to this number in the batch come from one that failed. A disk that reports an error may have kept it
         all the same, so what is at its end is removed there, too."""
+        self.sources: list[Callable[[], Mapping[str, bytes | None]]] = []
+        """Asked at each `take` for the marks that have changed: what they say is committed with everything that was
+        noted before, and with nothing that comes later."""
+        self.marks: dict[str, bytes] = {}
+        """What the store held at the start."""
         self.changed: Callable[[], None] = lambda: None
         """Called behind a hot stretch that changed something; wakes whoever owns the store."""
         self._waiting: deque[tuple[int, list[Outbox]]] = deque()
@@ -298,6 +303,8 @@ class Journal:
     def take(self) -> Batch:
         """Return the current batch and begin the next one. One batch is out at a time; while the store fails, the same
         one comes back with what has been added."""
+        for source in self.sources:
+            self.batch.marks.update(source())
         batch, self.batch = self.batch, Batch()
         self.out_size, self.size = self.size, 0
         self.dirty = False
@@ -352,10 +359,11 @@ def frame_of(message: Message) -> bytes:
 def size_of(batch: Batch) -> int:
     """Bytes of a batch, about."""
     rows = len(batch.sessions) + len(batch.groups) + len(batch.subscriptions) + len(batch.received)
-    rows += len(batch.retained) + len(batch.deliveries) + len(batch.moves) + len(batch.contents)
+    rows += len(batch.retained) + len(batch.deliveries) + len(batch.moves) + len(batch.contents) + len(batch.marks)
     size = ROW_SIZE * rows + DONE_SIZE * (len(batch.done) + len(batch.contents_done))
     size += sum(len(row[8] or b"") for row in batch.deliveries.values())
     size += sum(map(len, batch.contents.values()))
+    size += sum(len(value or b"") for value in batch.marks.values())
     size += sum(len(row[1]) for row in batch.retained.values() if row is not None)
     size += sum(len(row[5] or b"") for row in batch.sessions.values() if row is not None)
     return size + sum(len(topic_filter) for _, topic_filter in batch.subscriptions)
@@ -372,6 +380,7 @@ def merge(batch: Batch, later: Batch) -> None:
     batch.subscriptions.update(later.subscriptions)
     batch.received.update(later.received)
     batch.retained.update(later.retained)
+    batch.marks.update(later.marks)
     batch.contents.update(later.contents)
     for number, (owner, packet_id, flags) in later.moves.items():
         delivery = batch.deliveries.get(number)

@@ -1,4 +1,5 @@
-"""What outlives the process: sessions and everything that belongs to them, retained messages, Wills that are due.
+"""What outlives the process: sessions and everything that belongs to them, retained messages, Wills that are due, and
+marks of gateways.
 
 The core keeps all of it in memory and notes each change in a `Batch`; a store takes whole batches and gives everything
 back at the next start. A batch says what holds once it is committed, not how that came about: it is a set of rows to
@@ -9,7 +10,7 @@ them cost little.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Final, Protocol, TypeAlias
 
 import attrs
 
@@ -41,6 +42,11 @@ RetainedRow: TypeAlias = tuple[str, bytes, str, float]
 publisher), published_at."""
 
 
+MARK_SIZE: Final = 1024
+"""Bytes of a mark that a store without space may still take, since it takes the place of another one; a larger one
+holds messages."""
+
+
 @attrs.define
 class Batch:
     """Changes that are committed together. A row stands in one place only; `moves` count before owners are removed, so
@@ -68,6 +74,9 @@ class Batch:
     is that of a message which the taps had not let go when it was noted."""
     retained: dict[str, RetainedRow | None] = attrs.Factory(dict)
     """By topic_name; None removes."""
+    marks: dict[str, bytes | None] = attrs.Factory(dict)
+    """What gateways note beside it, by name; None removes. A value means nothing to the core: it says how far somebody
+    had come when everything else of this batch was so (`Journal.sources`)."""
 
     @property
     def empty(self) -> bool:
@@ -77,7 +86,12 @@ class Batch:
     @property
     def brings_messages(self) -> bool:
         """Whether there are messages to write: what needs space."""
-        return bool(self.deliveries or self.contents or any(row is not None for row in self.retained.values()))
+        return bool(
+            self.deliveries
+            or self.contents
+            or any(row is not None for row in self.retained.values())
+            or any(value is not None and len(value) > MARK_SIZE for value in self.marks.values())
+        )
 
 
 _PARTS = tuple(field.name for field in attrs.fields(Batch))
@@ -95,6 +109,7 @@ class StoredState:
     contents: dict[int, bytes] = attrs.Factory(dict)
     received: Sequence[tuple[Owner, int]] = ()
     retained: Sequence[RetainedRow] = ()
+    marks: dict[str, bytes] = attrs.Factory(dict)
     last_owner: Owner = 0
     """No owner number up to this one may be used again."""
     last_number: Number = 0
@@ -146,6 +161,7 @@ class MemoryStore:
             contents=dict(state.contents),
             received=list(state.received),
             retained=[row for row in state.retained.values() if row is not None],
+            marks={name: value for name, value in state.marks.items() if value is not None},
             last_owner=self._last_owner,
             last_number=self._last_number,
         )
@@ -175,6 +191,7 @@ class MemoryStore:
             else:
                 state.received.pop(entry, None)
         _update(state.retained, batch.retained)
+        _update(state.marks, batch.marks)
         self._last_number = max(self._last_number, *batch.deliveries, *batch.contents, 0)
 
     def _remove(self, owners: set[Owner]) -> None:

@@ -57,7 +57,7 @@ def check_store_file(path: Path) -> StoreReport:
             _check(db, report, committed_frames(f"{path}-wal"))
     except OSError as exc:
         raise store_error(path, exc, "cannot be checked") from exc
-    except sqlite3.Error as exc:
+    except (sqlite3.Error, UnicodeDecodeError) as exc:  # the latter for a message that quotes damage
         report.problems.append(f"SQLite cannot read it: {exc}")
     for other in sorted(path.parent.glob(f"{path.name}.corrupt-*")):
         report.lines.append(f"set aside earlier: {other}, {_size(other)} bytes")
@@ -113,7 +113,7 @@ def _check(db: sqlite3.Connection, report: StoreReport, frames: int) -> None:
     report.lines.append(f"{pages} pages of {PAGE} bytes, {unused} of them unused")
     if application != APPLICATION_ID:
         report.problems.append("the header does not say that it is a session store")
-    if version != SCHEMA_VERSION:
+    if not 1 <= version <= SCHEMA_VERSION:
         report.problems.append(f"version {version} is none that this program knows")
         return
     if frames:

@@ -14,13 +14,13 @@ from typing import Final
 
 from mqtt_trio.archive.sqlite_file import create_private
 from mqtt_trio.errors import StoreError
-from mqtt_trio.server.store_rows import SCHEMA, TABLES
+from mqtt_trio.server.store_rows import MARKS, SCHEMA, TABLES
 
 APPLICATION_ID: Final = 0x4D515454
 """`PRAGMA application_id` of our files: MQTT."""
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 """`PRAGMA user_version` of the files that we write."""
-STEPS: Final[dict[int, str]] = {}
+STEPS: Final[dict[int, str]] = {1: MARKS.create}
 """Version -> statements that make the next version of it, for each version before SCHEMA_VERSION."""
 
 PAGE: Final = 4096
@@ -167,7 +167,7 @@ def close_keeping_log(path: Path, db: sqlite3.Connection) -> None:
     """Close a file that is unusable. SQLite folds the log in, as far as it is good, and deletes it; so it is moved."""
     try:
         db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
-    except sqlite3.Error:
+    except (sqlite3.Error, UnicodeDecodeError):  # the latter for a message that quotes damage
         pass
     try:
         os.replace(f"{path}-wal", log_aside(path))
@@ -191,12 +191,14 @@ def _check_header(path: Path, db: sqlite3.Connection) -> bool:
         if exc.args and "malformed" in str(exc) and code_of(exc) not in CORRUPT:  # SQLITE_ERROR for a bad schema
             raise UnusableFileError(str(exc), ours=True) from exc
         raise
+    except UnicodeDecodeError as exc:  # SQLite's own message quotes what is no UTF-8
+        raise UnusableFileError("its list of tables is damaged", ours=True) from exc
     if not tables and not application and not version:
         size = path.stat().st_size
         if size % PAGE or size > 2 * PAGE:  # more than a start that was cut off leaves
             raise UnusableFileError("its list of tables is empty", ours=True)
         return True
-    ours = {table.name for table in TABLES} <= tables
+    ours = {table.name for table in TABLES if table.since <= max(version, 1)} <= tables
     if application != APPLICATION_ID and not ours:
         raise UnusableFileError("it is another program's database", ours=False)
     if version > SCHEMA_VERSION:

@@ -13,6 +13,7 @@ from mqtt_trio.server.store_rows import (
     CONTENTS,
     DELIVERIES,
     GROUPS,
+    MARKS,
     META,
     RECEIVED,
     RETAINED,
@@ -67,7 +68,10 @@ class Contents:
 def read_contents(db: sqlite3.Connection) -> Contents:
     """Read every row of every table and check it. Damage is part of the result, never an exception."""
     contents = Contents()
-    rows: dict[str, list[Any]] = {table.name: _read_table(db, table, contents) for table in TABLES}
+    version = _version(db)
+    rows: dict[str, list[Any]] = {
+        table.name: _read_table(db, table, contents) if table.since <= version else [] for table in TABLES
+    }
     owners = {row[0] for table in (SESSIONS, GROUPS) for row in rows[table.name]}
     sessions = {row[0] for row in rows[SESSIONS.name]}
     frames: dict[int, bytes] = dict(rows[CONTENTS.name])
@@ -87,10 +91,21 @@ def read_contents(db: sqlite3.Connection) -> Contents:
         contents=frames,
         received=rows[RECEIVED.name],
         retained=rows[RETAINED.name],
+        marks=dict(rows[MARKS.name]),
         last_owner=max(last.get("last_owner", 0), *owners, 0),
         last_number=max(last.get("last_number", 0), *numbers, 0),
     )
     return contents
+
+
+def _version(db: sqlite3.Connection) -> int:
+    """Return the version that the file says it has; what cannot be one counts as the newest, which has all tables."""
+    try:
+        (version,) = db.execute("PRAGMA user_version").fetchone()
+    except (sqlite3.Error, UnicodeDecodeError):
+        version = 0
+    newest = max(table.since for table in TABLES)
+    return int(version) if 1 <= version <= newest else newest
 
 
 _KEYS: Final = {RECEIVED.name: 2, SUBSCRIPTIONS.name: 2}

@@ -78,6 +78,7 @@ def batch_of(state: StoredState) -> Batch:
         contents=dict(state.contents),
         received=dict.fromkeys(state.received, True),
         retained={row[0]: row for row in state.retained},
+        marks=dict(state.marks),
     )
 
 

@@ -111,6 +111,11 @@ def retained_values(row: RetainedRow) -> Values:
     return (topic_name, frame, client_id, at, crc32(frame, crc32(f"{topic_name}\0{client_id}\0{at!r}".encode())))
 
 
+def mark_values(row: tuple[str, bytes]) -> Values:
+    """Return what stands in the file for a mark of a gateway."""
+    return (*row, crc32(row[1], crc32(row[0].encode())))
+
+
 def meta_values(row: tuple[str, int]) -> Values:
     """Return what stands in the file for a number with a name."""
     return (*row, _crc(*row))
@@ -149,6 +154,8 @@ class Table:
     row: Callable[[Values], Values] = _whole
     """The way back."""
     options: str = ""
+    since: int = 1
+    """Version of the file that had it first."""
 
     @property
     def create(self) -> str:
@@ -228,6 +235,15 @@ RETAINED: Final = Table(
     retained_values,
     options=" WITHOUT ROWID",
 )
+MARKS: Final = Table(
+    "marks",
+    "name TEXT PRIMARY KEY, value BLOB NOT NULL, {checksum}",
+    "name",
+    _of_types(_TEXT, _BLOB),
+    mark_values,
+    options=" WITHOUT ROWID",
+    since=2,
+)
 META: Final = Table(
     "meta",
     "name TEXT PRIMARY KEY, value INTEGER NOT NULL, {checksum}",
@@ -236,10 +252,14 @@ META: Final = Table(
     meta_values,
     options=" WITHOUT ROWID",
 )
-TABLES: Final = (SESSIONS, GROUPS, SUBSCRIPTIONS, DELIVERIES, CONTENTS, RECEIVED, RETAINED, META)
+TABLES: Final = (SESSIONS, GROUPS, SUBSCRIPTIONS, DELIVERIES, CONTENTS, RECEIVED, RETAINED, META, MARKS)
 
-SCHEMA: Final = "\n".join(table.create for table in TABLES) + (
+SCHEMA: Final = "\n".join(
+    [table.create for table in TABLES if table.since == 1]
     # A delivery on its way is found by its number; only those that wait are many per owner and stay for long. An index
     # of all would make each insert and each removal three to five times as expensive.
-    "\nCREATE INDEX deliveries_waiting ON deliveries (owner) WHERE packet_id = 0;"
+    + ["CREATE INDEX deliveries_waiting ON deliveries (owner) WHERE packet_id = 0;"]
+    # In the order in which they came to be: a file that was brought here has its tables in the same places as a new
+    # one, which is how a damaged list of tables is mended.
+    + [table.create for table in TABLES if table.since > 1]
 )

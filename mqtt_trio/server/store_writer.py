@@ -19,6 +19,7 @@ from mqtt_trio.server.store_rows import (
     DELIVERIES,
     GROUPS,
     IDS_PER_SESSION,
+    MARKS,
     META,
     MOVE,
     RECEIVED,
@@ -80,6 +81,8 @@ class Writer:
         _remove_numbers(db, RECEIVED, gone)
         _put(db, RETAINED, [row for row in batch.retained.values() if row is not None])
         _remove_listed(db, RETAINED, [topic for topic, row in batch.retained.items() if row is None])
+        _put(db, MARKS, [(name, value) for name, value in batch.marks.items() if value is not None])
+        _remove_listed(db, MARKS, [name for name, value in batch.marks.items() if value is None])
         self._put_last(db, batch)
 
     def committed(self, batch: Batch) -> None:
@@ -170,7 +173,7 @@ def _put(db: sqlite3.Connection, table: Table, rows: Iterable[Any]) -> None:
     _execute(db, table.insert, columns, [row for row in values if len(row[1]) <= LARGE] if large else values)
 
 
-_WITH_FRAMES: Final = (CONTENTS, RETAINED)
+_WITH_FRAMES: Final = (CONTENTS, RETAINED, MARKS)
 
 
 def _put_deliveries(db: sqlite3.Connection, batch: Batch) -> None:

@@ -68,6 +68,7 @@ def rows_of(state: StoredState) -> dict[str, Any]:
         "contents": dict(state.contents),
         "received": sorted(state.received),
         "retained": sorted(state.retained),
+        "marks": dict(state.marks),
     }
 
 
@@ -113,6 +114,7 @@ def everything() -> Batch:
         batch.groups[100 + number] = f"$share/{text}"
         batch.retained[text] = (text, FRAMES[number % len(FRAMES)], text, 1_700_000_000.1)
         batch.received[number, 65_535] = batch.received[number, 1] = batch.received[number, -2] = True
+        batch.marks[text] = FRAMES[number % len(FRAMES)]
     batch.sessions[50] = (50, "connected", None, 0, None, None, None)
     for number, frame in enumerate(FRAMES, 1000):
         batch.contents[number] = frame
@@ -133,6 +135,7 @@ def _keeps_every_kind_of_row(reopen: Reopen) -> None:
         "contents": batch.contents,
         "received": sorted(batch.received),
         "retained": sorted(row for row in batch.retained.values() if row),
+        "marks": batch.marks,
     }
     assert state.last_owner >= 100 + len(ODD_TEXTS)
     assert state.last_number >= 2_000_000_000_000
@@ -147,6 +150,7 @@ def _replaces(reopen: Reopen) -> None:
         subscriptions={(1, "a"): (1, "a", 2, 7)},
         retained={"a": ("a", b"new", "publisher", 1.5)},
         received={(1, 1): True},
+        marks={"a": b"new", "ü": None, "gone": None},
     )
     rows = rows_of(apply(reopen, again))
     assert again.sessions[2] in rows["sessions"]
@@ -154,6 +158,9 @@ def _replaces(reopen: Reopen) -> None:
     assert [row for row in rows["subscriptions"] if row[:2] == (1, "a")] == [(1, "a", 2, 7)]
     assert [row for row in rows["retained"] if row[0] == "a"] == [("a", b"new", "publisher", 1.5)]
     assert rows["received"].count((1, 1)) == 1
+    assert rows["marks"] == {
+        name: value for name, value in (everything().marks | again.marks).items() if value is not None
+    }
 
 
 def _removes_single_rows(reopen: Reopen) -> None:
@@ -165,10 +172,12 @@ def _removes_single_rows(reopen: Reopen) -> None:
         received={(1, 1): False, (7, 9): False},
         done=[1000, 1100, 5],
         contents_done=[1000, 77],
+        marks=dict.fromkeys(ODD_TEXTS),
     )
     rows = rows_of(apply(reopen, gone))
     assert rows["subscriptions"] == [row for row in before["subscriptions"] if row[0] != 1]
     assert rows["retained"] == []
+    assert rows["marks"] == {}
     assert rows["received"] == [entry for entry in before["received"] if entry != (1, 1)]
     assert rows["deliveries"] == [row for row in before["deliveries"] if row[0] not in (1000, 1100)]
     assert sorted(rows["contents"]) == sorted(before["contents"])[1:]
@@ -261,6 +270,7 @@ def _takes_big_batches(reopen: Reopen) -> None:
     batch.retained = {f"t/{n}": (f"t/{n}", b"", "c", 0.5) for n in range(count)}
     batch.subscriptions = {(1, f"t/{n}"): (1, f"t/{n}", 1, None) for n in range(count)}
     batch.groups = {n: f"$share/g/{n}" for n in range(10, count)}
+    batch.marks = {f"m/{n}": b"%d" % n for n in range(count)}
     gone = Batch(
         done=[n for n in range(1, count) if n % 100 < 60 or n % 3 == 0] * 2,
         contents_done=list(range(count, 2 * count, 2)),
@@ -268,6 +278,7 @@ def _takes_big_batches(reopen: Reopen) -> None:
         retained=dict.fromkeys([f"t/{n}" for n in range(0, count, 2)]),
         subscriptions=dict.fromkeys([(1, f"t/{n}") for n in range(0, count, 2)]),
         groups=dict.fromkeys(range(11, count)),
+        marks=dict.fromkeys([f"m/{n}" for n in range(1, count)]),
     )
     rows = rows_of(apply(reopen, batch, gone))
     kept = set(batch.deliveries) - set(gone.done)
@@ -276,6 +287,7 @@ def _takes_big_batches(reopen: Reopen) -> None:
     assert rows["received"] == [(1, n) for n in range(7, count, 7)]
     assert len(rows["retained"]) == len(rows["subscriptions"]) == count // 2
     assert rows["groups"] == [(10, "$share/g/10")]
+    assert rows["marks"] == {"m/0": b"0"}
 
 
 _CHECKS: Final = (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 import attrs
 import trio
@@ -205,6 +205,16 @@ class FakeHost:
 
     def local_client(self, name: str) -> LocalClient:
         return self.local
+
+    @property
+    def marks(self) -> Mapping[str, bytes] | None:
+        return None
+
+    def note(self, source: Callable[[], Mapping[str, bytes | None]]) -> None:
+        pass
+
+    def commit(self) -> None:
+        pass
 
     def flush(self) -> None:
         pass

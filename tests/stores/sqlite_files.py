@@ -28,6 +28,8 @@ def realistic(first: int = 1, count: int = SESSIONS) -> Batch:
             batch.deliveries[each] = delivery(each, owner, each % 3, frame=b"%d " % each + b"x" * 100)
         batch.deliveries[number + 10] = delivery(number + 10, owner, content=number, frame=None)
         batch.retained[f"site/{owner}/temperature"] = (f"site/{owner}/temperature", b"y" * 90, f"client-{owner}", 1.7e9)
+    for number in range(12):
+        batch.marks[f"marks/{first}/{number}"] = b"position %d" % number
     batch.groups[first + count] = "$share/group/site/+/temperature"
     return batch
 
@@ -86,4 +88,4 @@ def query(path: Path, statement: str) -> list[tuple[Any, ...]]:
 def total(state: StoredState) -> int:
     """Return how many rows there are."""
     parts = (state.sessions, state.groups, state.subscriptions, state.deliveries, state.contents, state.received)
-    return sum(map(len, (*parts, state.retained)))
+    return sum(map(len, (*parts, state.retained, state.marks)))

@@ -24,7 +24,7 @@ def test_a_sound_file(tmp_path: Path) -> None:
     report = check_store_file(path)
     assert report.problems == []
     assert report.lines[0] == f"{path}: {path.stat().st_size} bytes, write-ahead log 0 bytes"
-    assert report.lines[1] == "schema version 1 (this program: 1)"
+    assert report.lines[1] == "schema version 2 (this program: 2)"
     assert "sessions: 20 rows, checksums right" in report.lines
     assert "deliveries: 220 rows, checksums right" in report.lines
     assert everything_in(tmp_path) == before

@@ -147,6 +147,8 @@ class World:
         for topic in draw(st.lists(TEXTS, max_size=3)):
             row = (topic, draw(FRAMES), draw(TEXTS), draw(TIMES))
             batch.retained[topic] = row if draw(st.booleans()) else None
+        for name in draw(st.lists(TEXTS, max_size=2)):
+            batch.marks[name] = draw(st.none() | FRAMES)
         return batch
 
     def _grow(self, batch: Batch) -> None:
