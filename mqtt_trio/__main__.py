@@ -1,4 +1,4 @@
-"""The command line [F3]: `mqtt-trio serve` (the default), `check`, `doctor`, `pub`, `sub`, `topics`.
+"""The command line [F3]: `mqtt-trio serve` (the default), `check`, `doctor`, `pub`, `sub`, `topics`, `offsets`.
 
 Exit codes: 0, 1 failure, 2 usage, 78 configuration; pub and sub add those of mosquitto's clients.
 """
@@ -38,6 +38,7 @@ CLIENTS: Final = {
 """Commands that read their own arguments, in `mqtt_trio.commands.NAME`: they load no configuration."""
 GATEWAY_COMMANDS: Final = {
     "topics": ("Kafka", "compare the topics in Kafka with the plan, create and grow them"),
+    "offsets": ("Kafka", "show and reset what this deployment has read of its topics"),
 }
 """Commands that a gateway brings -> its section, help. A configuration is loaded for them."""
 

@@ -5,24 +5,40 @@ Nothing here runs on the Trio thread.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, Final
+from typing import Any, Final, TypeAlias, TypeVar
 
 import kafka.errors as kafka_errors
-from kafka.admin import ConfigResource, ConfigResourceType, KafkaAdminClient
+from kafka import TopicPartition
+from kafka.admin import ConfigResource, ConfigResourceType, KafkaAdminClient, OffsetSpec, OffsetTimestamp
+from kafka.structs import OffsetAndMetadata
 
+from gateways.kafka.groups import GroupState
 from gateways.kafka.options import KafkaOptions
 from gateways.kafka.topic_plan import DENIED, TopicState
 from gateways.kafka.workers import common_config, leak_safe, probe, quiet_loggers
 from mqtt_trio.errors import GatewayError
 
 ADMIN_TIMEOUT_MS: Final = 10_000
+COORDINATOR_TIMEOUT: Final = 15.0
+COORDINATOR_INTERVAL: Final = 0.2
+NO_COORDINATOR: Final = (
+    kafka_errors.CoordinatorNotAvailableError,
+    kafka_errors.CoordinatorLoadInProgressError,
+    kafka_errors.NotCoordinatorError,
+)
 DENIALS: Final = (
     kafka_errors.TopicAuthorizationFailedError,
     kafka_errors.GroupAuthorizationFailedError,
     kafka_errors.ClusterAuthorizationFailedError,
 )
+
+
+Partition: TypeAlias = tuple[str, int]
+"""Topic and number."""
+T = TypeVar("T")
 
 
 @contextmanager
@@ -128,10 +144,90 @@ class Admin:
             return None
         return DENIED if any(error.__name__ in text for error in DENIALS) else text
 
+    # --- offsets of groups
+
+    def group_names(self) -> list[str]:
+        """Return the groups that this user may see."""
+        return sorted(group["group_id"] for group in _patiently(self._admin.list_groups))
+
+    def group(self, name: str) -> GroupState | None:
+        """Return a group's state; None when there is none of that name.
+
+        Raises:
+          GatewayError: this user may not see it.
+        """
+        listed = {group["group_id"]: group for group in _patiently(self._admin.list_groups)}
+        facts = _patiently(lambda: self._admin.describe_groups([name]))[name]
+        members = tuple(f"{member['client_id']} at {member['client_host'].lstrip('/')}" for member in facts["members"])
+        if (known := listed.get(name)) is not None:  # other types than "classic" are only known to the list
+            return GroupState(name=name, state=known["group_state"] or facts["group_state"], members=members)
+        if facts["error"] is not None:
+            if any(error.__name__ in facts["error"] for error in DENIALS):
+                raise _hidden(name)
+            return None
+        if facts["group_state"] == "Dead" and not members:
+            return None
+        return GroupState(name=name, state=facts["group_state"], members=members)
+
+    def committed(self, group: str) -> dict[Partition, int]:
+        """Return the committed offsets of a group; none for a group that does not exist.
+
+        Raises:
+          GatewayError: this user may not see it.
+        """
+        try:
+            found = _patiently(lambda: self._admin.list_group_offsets(group))[group]
+        except kafka_errors.GroupAuthorizationFailedError:
+            raise _hidden(group) from None
+        return {(p.topic, p.partition): facts.offset for p, facts in found.items() if facts.offset >= 0}
+
+    def bounds(self, partitions: Sequence[Partition]) -> dict[Partition, tuple[int, int]]:
+        """Return the offsets of the oldest and of the next record of each partition; all of them must exist."""
+        first, end = (self._offsets(partitions, spec) for spec in (OffsetSpec.EARLIEST, OffsetSpec.LATEST))
+        return {p: (first[p], end[p]) for p in partitions}
+
+    def offsets_at(self, partitions: Sequence[Partition], timestamp_ms: int) -> dict[Partition, int]:
+        """Return the offset of the first record with this timestamp or a later one; -1 where there is none."""
+        return self._offsets(partitions, OffsetTimestamp(timestamp_ms))
+
+    def _offsets(self, partitions: Sequence[Partition], spec: Any) -> dict[Partition, int]:
+        found = self._admin.list_partition_offsets({TopicPartition(*p): spec for p in partitions})
+        return {(p.topic, p.partition): facts.offset for p, facts in found.items()}
+
+    def commit(self, group: str, offsets: Mapping[Partition, int]) -> dict[Partition, str]:
+        """Set offsets of a group without members, one that does not exist yet included.
+
+        Returns:
+          Kafka's error for each partition where it failed: `UnknownMemberIdError` when the group has members.
+        """
+        # The leader epoch of what was committed before does not belong to another offset: -1, none.
+        wanted = {TopicPartition(*p): OffsetAndMetadata(offset, "", -1) for p, offset in offsets.items()}
+        answer = _patiently(lambda: self._admin.alter_group_offsets(group, wanted))
+        return {
+            (p.topic, p.partition): error.__name__ for p, error in answer.items() if error is not kafka_errors.NoError
+        }
+
     def close(self) -> None:
         """Close the client and its thread."""
         with suppress(Exception):
             self._admin.close()
+
+
+def _hidden(group: str) -> GatewayError:
+    return GatewayError(f"this user may not see group {group}: it lacks Describe on it", retriable=False)
+
+
+def _patiently(call: Callable[[], T]) -> T:
+    """Make a call to a group's coordinator again while Kafka is still finding or loading one: in a new cluster the
+    first call has its topic made."""
+    until = time.monotonic() + COORDINATOR_TIMEOUT
+    while True:
+        try:
+            return call()
+        except NO_COORDINATOR:
+            if time.monotonic() > until:
+                raise
+            time.sleep(COORDINATOR_INTERVAL)
 
 
 def _outcome(answer: Mapping[str, Any], *fine: type[kafka_errors.KafkaError]) -> str | None:
