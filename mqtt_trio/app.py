@@ -33,8 +33,9 @@ from mqtt_trio.event_log import log_event
 from mqtt_trio.gateway import Gateway
 from mqtt_trio.host import Host
 from mqtt_trio.logs import configure as configure_logging
+from mqtt_trio.monitor import Monitor
 from mqtt_trio.server.clients import Clients
-from mqtt_trio.server.listeners import Listener, open_listeners
+from mqtt_trio.server.listeners import Listener, ListenerOptions, open_listeners
 from mqtt_trio.server.sqlite_store import FILE_NAME, SqliteStore, Synchronous
 from mqtt_trio.server.storage import Storage
 from mqtt_trio.server.timers import DeadlineTimer, SysTopicsTimer
@@ -80,7 +81,8 @@ class Node:
         self.clients = Clients(self.broker, _make_poller(self.broker))
         self.gateways: dict[str, Gateway] = {}
         self.groups: list[ArchiveGroup] = []
-        self.listeners: list[Listener] = []
+        self.monitor = Monitor(self) if self.options.http.port is not None else None
+        self.listeners: list[Listener[ListenerOptions]] = []
         self.started = trio.Event()
         self.stopping = trio.Event()
         """Set it to end the node."""
@@ -92,6 +94,8 @@ class Node:
           StartError: a listener, a store or a gateway cannot start.
         """
         async with trio.open_nursery() as services:
+            if self.monitor is not None:
+                await services.start(self.monitor.run)  # first, so that it can say that the node starts
             if self.clients.poller is not None:
                 services.start_soon(self.clients.poller.run)
             services.start_soon(DeadlineTimer(self.broker).run)
@@ -158,6 +162,7 @@ class Node:
             store=self.storage.describe() if self.storage is not None else "",
             archives=[ArchiveSummary(group=group.options, store=group.store.describe()) for group in self.groups],
             gateways={section: gateway.describe() for section, gateway in self.gateways.items()},
+            http=self.monitor.describe() if self.monitor is not None else "",
         )
 
     def counters(self) -> dict[str, int]:

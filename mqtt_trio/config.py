@@ -18,9 +18,9 @@ from mqtt_trio.config_convert import make_strict_converter, problems_of, split_p
 from mqtt_trio.config_schema import Key, Path
 from mqtt_trio.config_sources import COMMAND_LINE, DEFAULT, Origin, Sources, split_path
 from mqtt_trio.errors import ConfigError
+from mqtt_trio.server.http import HttpOptions
 from mqtt_trio.server.listeners import ListenerOptions
 
-LOOPBACK: Final = "127.0.0.1"
 DEFAULT_LISTENERS: Final = ({"Type": "tcp", "Port": 1883}, {"Type": "websocket", "Port": 8083})
 LEVELS: Final = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
@@ -78,15 +78,6 @@ class LoggingOptions:
 
 
 @attrs.frozen(kw_only=True)
-class HttpOptions:
-    """[Http]: health, metrics, dashboard."""
-
-    host: str = LOOPBACK
-    port: int = attrs.field(default=8080, validator=[ge(0), le(65_535)])
-    token: str | None = attrs.field(default=None, repr=False, metadata={"secret": True})
-
-
-@attrs.frozen(kw_only=True)
 class ShutdownOptions:
     """[Shutdown]"""
 
@@ -107,7 +98,7 @@ class Options:
     persistence: PersistenceOptions = PersistenceOptions()
     limits: Limits = attrs.field(factory=Limits)
     logging: LoggingOptions = LoggingOptions()
-    http: HttpOptions = HttpOptions()
+    http: HttpOptions = attrs.field(factory=HttpOptions)
     shutdown: ShutdownOptions = ShutdownOptions()
 
 
@@ -254,6 +245,15 @@ def _cross_check(options: Options) -> Iterator[tuple[Path, str]]:
         if listener.port and (other := taken.setdefault((listener.host, listener.port), index)) != index:
             text = f"Listeners[{other}] has {listener.host}:{listener.port} already"
             yield ("Listeners", index, "Port"), text
+    http = options.http
+    if http.is_open:
+        text = f"needed, because others can reach Http.Host {schema.quote(http.host)}; or keep to 127.0.0.1"
+        yield ("Http", "TokenFile"), text
+    if (wrong := http.check_token()) is not None:
+        yield ("Http", "Token"), wrong
+    if http.port and (http.host, http.port) in taken:
+        text = f"Listeners[{taken[http.host, http.port]}] has {http.host}:{http.port} already"
+        yield ("Http", "Port"), text
 
 
 def _wanted(options: Options, sections: Mapping[str, type]) -> list[str]:

@@ -29,7 +29,6 @@ REFUSED: Final = (
     Refusal("Kafka.Security.Protocol", ("PLAINTEXT",), f"only PLAINTEXT is built yet: {_OPEN}"),
     Refusal("Kafka.Security", (), f"SASL is not built yet: {_OPEN}"),
     Refusal("Kafka.SSL", (), f"TLS to Kafka is not built yet: {_OPEN}"),
-    Refusal("Http.Token", (), f"the HTTP interface is not built yet: {_OPEN}"),
     Refusal("ArchiveGroups[].Ack", ("none",), 'only "none" is built yet: PUBACK means that this node has the message'),
     Refusal("ArchiveGroups[].OnOutage", (), f"outage policies are not built yet: {_OUTAGE}"),
     Refusal("Kafka.Bus.Ack", ("none",), 'only "none" is built yet: PUBACK means that this node has the message'),
@@ -37,7 +36,6 @@ REFUSED: Final = (
 )
 
 INACTIVE: Final[Mapping[str, tuple[object, ...]]] = {
-    "Http": (),
     "ArchiveGroups[].Format": ("JSON", "json"),
     "ArchiveGroups[].TimestampFormat": ("iso",),
     "Kafka.Metrics": (),

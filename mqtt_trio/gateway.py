@@ -146,11 +146,18 @@ class Gateway(Protocol):
     def archive_store(self, topic: str | None, name: str) -> ArchiveStore:
         """Make the store of archive group `name`; `topic`: its own destination, None for the gateway's default."""
 
+    def unready(self) -> Sequence[str]:
+        """Why clients should not be sent to this node at the moment, a line each; empty: nothing that they rely on is
+        missing. Of the other system being away only when something needs it [K1]. Called often: it must be quick."""
+
     def describe(self) -> Sequence[str]:
         """Lines for the start-up summary."""
 
     def counters(self) -> dict[str, int]:
         """Counters by name, for metrics and the line that is logged at the end."""
+
+    def meanings(self) -> Mapping[str, str]:
+        """What each name of `counters` counts, for metrics; those that also fall begin with `Gauge: `."""
 
 
 class Console(Protocol):

@@ -31,6 +31,8 @@ class Running:
     archives: Sequence[ArchiveSummary] = ()
     gateways: Mapping[str, Sequence[str]] = attrs.field(factory=dict)
     """Lines of each gateway, by its section."""
+    http: str = ""
+    """`describe()` of the HTTP interface; empty without one."""
 
 
 def summary(loaded: LoadedConfig, running: Running) -> list[str]:
@@ -45,6 +47,7 @@ def summary(loaded: LoadedConfig, running: Running) -> list[str]:
         lines += _section(name.lower(), list(texts))
     in_memory = 'sessions and retained messages in memory: they end with the process ([Persistence] Store = "SQLITE")'
     lines += _section("persistence", [running.store or in_memory])
+    lines += _section("http", [running.http] if running.http else [])
     lines += _section("off", _off_lines(loaded))
     if loaded.inactive:
         lines += _section("not active yet", list(loaded.inactive))
@@ -78,5 +81,7 @@ def _off_lines(loaded: LoadedConfig) -> list[str]:
         lines.append('TLS ([[Listeners]] Tls = { CertFile = "server.pem", KeyFile = "server.key" })')
     if not loaded.options.node.sys_interval:
         lines.append('$SYS topics ([Node] SysInterval = "10s")')
-    lines.append("access control, HTTP interface: not built yet")
+    if loaded.options.http.port is None:
+        lines.append("HTTP: health, readiness, metrics ([Http] Port = 8080)")
+    lines.append("access control: not built yet")
     return lines

@@ -77,8 +77,7 @@ def test_check_shows_values_with_their_origin(
         "Port = 8083 # default",
         "Sessions = 7 # environment MQTT_TRIO__LIMITS__SESSIONS",
         "Timeout = 5 # config.toml:Shutdown.Timeout",
-        "Port = 9000 # environment MQTT_TRIO__HTTP__PORT (not active yet)",
-        "# not active yet: Http.Port",
+        "Port = 9000 # environment MQTT_TRIO__HTTP__PORT",
     } <= shown
 
 
@@ -188,7 +187,9 @@ def test_a_data_directory_that_cannot_be_is_1_and_one_line(start: list[subproces
 
 
 def test_summary_of_the_defaults() -> None:
-    loaded = load_config(None, {}, Overrides(sets=["Node.Id=n", "Http.Port=1"]))
+    loaded = load_config(
+        None, {}, Overrides(sets=["Node.Id=n", "ArchiveGroups.0.Name=a", "ArchiveGroups.0.Format=RAW"])
+    )
     lines = summary(loaded, Running(listeners=["tcp 127.0.0.1:1883: this machine only (loopback address)"]))
     assert lines[0] == f"mqtt-trio {__version__}, node n, configuration: defaults (no --config)"
     text = "\n".join(lines)
@@ -197,7 +198,8 @@ def test_summary_of_the_defaults() -> None:
         r"archive +none \(\[\[ArchiveGroups\]\]",
         r"persistence +.*in memory.*SQLITE",
         r"off +Kafka: .*\[Kafka\.Bus\] Enabled = true",
-        r"not active yet +Http\.Port",
+        r"HTTP: health, readiness, metrics \(\[Http\] Port = 8080\)",
+        r"not active yet +ArchiveGroups\[0\]\.Format",
     ):
         assert re.search(expected, text), expected
 

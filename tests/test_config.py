@@ -411,6 +411,31 @@ def test_secrets_of_pass_through_tables_are_hidden(load: Any) -> None:
     assert 'ssl_cafile = "ca.pem"' in lines
 
 
+# HTTP
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "", "192.168.1.1", "broker.example"])
+def test_http_that_others_can_reach_needs_a_token(load: Any, tmp_path: Path, host: str) -> None:
+    text = f'[Http]\nHost = "{host}"\n'
+    (problem,) = problems(load, f"{text}Port = 8080")
+    assert problem.startswith(f'Http.TokenFile: needed, because others can reach Http.Host "{host}"')
+    assert load(text).options.http.port is None, "it is off"
+    (tmp_path / "token").write_text("t0ken\n")
+    http = load(f'{text}Port = 8080\nTokenFile = "{tmp_path / "token"}"').options.http
+    assert (http.host, http.port, http.token) == (host, 8080, "t0ken")
+
+
+def test_an_empty_token_file_protects_nothing(load: Any, tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("\n")
+    (problem,) = problems(load, f'[Http]\nPort = 8080\nTokenFile = "{tmp_path / "token"}"')
+    assert problem == "Http.Token: expected 1 to 4096 printable ASCII characters without spaces"
+
+
+def test_http_has_a_port_of_its_own(load: Any) -> None:
+    (problem,) = problems(load, "[Http]\nPort = 8083")
+    assert problem == "Http.Port: Listeners[1] has 127.0.0.1:8083 already"
+
+
 # Not built yet
 
 
@@ -424,7 +449,6 @@ def test_secrets_of_pass_through_tables_are_hidden(load: Any) -> None:
         ('[Kafka.Bus]\nOnOutage = "spool"', "Kafka.Bus.OnOutage"),
         ('[[ArchiveGroups]]\nName = "a"\nAck = "store"', "ArchiveGroups[0].Ack"),
         ('[[ArchiveGroups]]\nName = "a"\nOnOutage = "reject"', "ArchiveGroups[0].OnOutage"),
-        ('[Http]\nToken = "x"', "Http.Token"),
     ],
 )
 def test_promises_that_cannot_be_kept_are_refused(load: Any, text: str, path: str) -> None:
@@ -434,8 +458,6 @@ def test_promises_that_cannot_be_kept_are_refused(load: Any, text: str, path: st
 
 
 def test_keys_of_later_features_are_accepted_and_named(load: Any) -> None:
-    loaded = load(
-        '[Http]\nPort = 9000\n[Kafka.Metrics]\nEnabled = true\n[[ArchiveGroups]]\nName = "a"\nFormat = "AVRO"'
-    )
-    assert sorted(loaded.inactive) == ["ArchiveGroups[0].Format", "Http.Port", "Kafka.Metrics.Enabled"]
+    loaded = load('[Kafka.Metrics]\nEnabled = true\n[[ArchiveGroups]]\nName = "a"\nFormat = "AVRO"')
+    assert sorted(loaded.inactive) == ["ArchiveGroups[0].Format", "Kafka.Metrics.Enabled"]
     assert load('[Kafka.Security]\nProtocol = "PLAINTEXT"\n[Persistence]\nStore = "MEMORY"').inactive == ()

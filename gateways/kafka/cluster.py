@@ -52,6 +52,12 @@ class Cluster:
         """Some part of the gateway cannot work with Kafka at the moment."""
         return bool(self._away)
 
+    @property
+    def reason(self) -> str | None:
+        """Why it counts as away, as the first part of the gateway that noticed said it; None: it is not away."""
+        with self._lock:
+            return next(iter(self._away.values()), None)
+
     def away(self, part: str, reason: str) -> None:
         """`part` cannot work with Kafka. Repeated calls log nothing."""
         with self._lock:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
@@ -16,8 +16,10 @@ from gateways.kafka.cluster import Cluster
 from gateways.kafka.dead_letters import DeadLetters
 from gateways.kafka.dlq import Stage
 from gateways.kafka.mapping import JsonMapper, TimestampFormat
+from gateways.kafka.meanings import MEANINGS
 from gateways.kafka.options import KafkaOptions
 from gateways.kafka.poller import Assignment
+from gateways.kafka.presence import watch_presence
 from gateways.kafka.records import ConsumedRecord
 from gateways.kafka.topic_plan import DEFAULTS, plan_topics
 from gateways.kafka.topics import TopicManager
@@ -104,6 +106,8 @@ class KafkaGateway:
                 self._bus = self._make_bus(host)
                 await nursery.start(self._bus.run)
             else:
+                if self._archive is not None:
+                    nursery.start_soon(watch_presence, self.cluster)
                 with trio.move_on_after(START_PATIENCE):
                     await self._topics.looked.wait()
             task_status.started()
@@ -139,6 +143,23 @@ class KafkaGateway:
     ) -> ConsumerBridge:
         assignments: list[Assignment] = [(topic, "end"), (retained_topic, "beginning")]
         return ConsumerBridge(self.options, self.cluster, assignments, on_records, name="bus")
+
+    def unready(self) -> Sequence[str]:
+        """Say what of Kafka is missing that clients of this node rely on: nothing does while neither the bus nor an
+        archive group uses it."""
+        topics = dict.fromkeys(mapper.topic for mapper in self._mappers)
+        if self.options.bus.enabled:
+            topics[self.options.bus_topic] = None
+            topics[self.options.topics.retained.name or DEFAULTS["retained"].name] = None
+        if not topics:
+            return []
+        if (reason := self.cluster.reason) is not None:
+            return [f"Kafka at {', '.join(self.cluster.servers)} is away: {reason}"]
+        missing = [topic for topic in topics if self.cluster.facts(topic) is None]
+        reasons = [f"Kafka topic {topic} is missing or without a leader" for topic in missing]
+        if self._bus is not None and not self._bus.ready:
+            reasons.append("this node has not joined the bus yet")
+        return reasons
 
     async def stop(self) -> None:
         """Ship what is held, close. Bounded by the caller's cancel scope: cancelled, everything closes by force."""
@@ -176,3 +197,7 @@ class KafkaGateway:
         if self._bus is not None:
             counters |= self._bus.counters()
         return counters | self.dead_letters.counters()
+
+    def meanings(self) -> Mapping[str, str]:
+        """Return what each counter counts."""
+        return MEANINGS

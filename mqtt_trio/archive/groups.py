@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Final, Protocol, TypeAlias
 
@@ -26,6 +26,15 @@ HARD_BOUND: Final = 2
 """Times `window_bytes`, from where on publishers are stopped altogether."""
 LOG_INTERVAL: Final = 10.0
 """Seconds between two lines about messages that were not stored."""
+
+MEANINGS: Final[Mapping[str, str]] = {
+    "stored": "Messages that the store of an archive group has.",
+    "failed": "Messages that the store of an archive group could not take, for good.",
+    "dropped_qos0": "QoS 0 messages that were not archived because the window was full.",
+    "held": "Messages whose acknowledgement had to wait because the window was full.",
+    "waiting": "Gauge: messages that an archive group has taken and its store has not.",
+}
+"""What each counter of a group counts, for metrics; those that also fall begin with `Gauge: `."""
 
 logger = logging.getLogger(__name__)
 

@@ -92,6 +92,10 @@ class MemoryStore:
         self._stopped.set()
         await trio.lowlevel.checkpoint()
 
+    def trouble(self) -> str | None:
+        """Return None: memory is always there."""
+        return None
+
     def describe(self) -> str:
         """One phrase for the start-up summary."""
         return f"memory, {self._max_size // 1024 // 1024} MiB"

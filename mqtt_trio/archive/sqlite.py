@@ -170,6 +170,10 @@ class SqliteArchive:
         self._closing.set()
         self._jobs.put(None)  # wakes the thread
 
+    def trouble(self) -> str | None:
+        """Say that the file cannot be written, while that is so."""
+        return f"archive store {self.path} cannot be written" if self._worker.failing else None
+
     def describe(self) -> str:
         """One phrase for the start-up summary."""
         bounds = "" if self.max_size is None else f", at most {self.max_size / 1024 / 1024:g} MiB"
@@ -204,6 +208,11 @@ class _Worker:
         self._serving = False
         self._retry = 0.0  # seconds before the next attempt; 0: the last one succeeded
         self._tend_at: float | None = 0.0  # None: nothing to do but what inserts do by themselves
+
+    @property
+    def failing(self) -> bool:
+        """The last attempt failed and is repeated. Any thread."""
+        return self._retry > 0
 
     def open(self) -> ArchiveFile:
         store = self._store

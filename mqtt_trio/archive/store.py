@@ -33,5 +33,8 @@ class ArchiveStore(Protocol):
     async def stop(self) -> None:
         """Store what was submitted, then close. Bounded by the caller's cancel scope; cancelled, it closes at once."""
 
+    def trouble(self) -> str | None:
+        """Why nothing can be stored at the moment; None: it can, as far as is known."""
+
     def describe(self) -> str:
         """One phrase for the start-up summary, such as `SQLite data/archive-Default.sqlite3`."""

@@ -7,7 +7,7 @@ import ipaddress
 import logging
 import re
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, Final, Generic, Literal, Protocol, TypeAlias, TypeVar
 
 import attrs
 import trio
@@ -79,17 +79,34 @@ class ListenerOptions:
         return 8083 if self.type == "websocket" else 1883
 
 
-Handler: TypeAlias = Callable[[trio.SocketStream, ListenerOptions, str, TlsServer | None], Awaitable[None]]
+class Endpoint(Protocol):
+    """What a listener needs to know: [[Listeners]] tables have it, and whatever else accepts connections."""
+
+    @property
+    def type(self) -> str: ...
+    @property
+    def host(self) -> str: ...
+    @property
+    def port(self) -> int: ...
+    @property
+    def path(self) -> str: ...
+    @property
+    def tls(self) -> TlsOptions | None: ...
+    @property
+    def max_connections(self) -> int: ...
+
+
+E = TypeVar("E", bound=Endpoint)
+
+Handler: TypeAlias = Callable[[trio.SocketStream, E, str, TlsServer | None], Awaitable[None]]
 """Serves one connection (`Clients.serve`); nothing but Cancelled may leave it. The third argument is the listener's
 name."""
 
 
-class Listener:
-    """The bound sockets of one [[Listeners]] table: one, or one per address of a host name."""
+class Listener(Generic[E]):
+    """The bound sockets of one endpoint: one, or one per address of a host name."""
 
-    def __init__(
-        self, options: ListenerOptions, sockets: Sequence[trio.SocketListener], tls: TlsServer | None = None
-    ) -> None:
+    def __init__(self, options: E, sockets: Sequence[trio.SocketListener], tls: TlsServer | None = None) -> None:
         self.options = options
         self.tls = tls
         """None: in the clear. `tls.reload()` reads its files again."""
@@ -113,7 +130,12 @@ class Listener:
         secured = "" if self.tls is None else f"; {self.tls.describe()}"
         return f"{self.kind} {where}: {reach(self._sockets[0].socket.getsockname()[0])}{secured}"
 
-    async def serve(self, handler: Handler, nursery: trio.Nursery, metrics: Metrics) -> None:
+    @property
+    def trouble(self) -> str | None:
+        """Why nobody can connect at the moment; None: everybody can."""
+        return f"{self.name} cannot accept connections" if self._failing else None
+
+    async def serve(self, handler: Handler[E], nursery: trio.Nursery, metrics: Metrics) -> None:
         """Accept until `close` or cancellation; the connections' tasks live in `nursery`, which outlasts this call."""
         async with trio.open_nursery() as accepting:
             for one in self._sockets:
@@ -125,7 +147,7 @@ class Listener:
             one.socket.close()
 
     async def _accept(
-        self, listener: trio.SocketListener, handler: Handler, nursery: trio.Nursery, metrics: Metrics
+        self, listener: trio.SocketListener, handler: Handler[E], nursery: trio.Nursery, metrics: Metrics
     ) -> None:
         while True:
             try:
@@ -153,7 +175,7 @@ class Listener:
             self.connections += 1
             nursery.start_soon(self._serve_one, handler, stream)
 
-    async def _serve_one(self, handler: Handler, stream: trio.SocketStream) -> None:
+    async def _serve_one(self, handler: Handler[E], stream: trio.SocketStream) -> None:
         try:
             await handler(stream, self.options, self.name, self.tls)
         finally:
@@ -163,13 +185,13 @@ class Listener:
             stream.socket.close()
 
 
-async def open_listeners(options: Sequence[ListenerOptions]) -> list[Listener]:
+async def open_listeners(options: Sequence[E]) -> list[Listener[E]]:
     """Bind all listeners, or none.
 
     Raises:
       StartError: the first one that cannot be bound, with its path in the configuration.
     """
-    listeners: list[Listener] = []
+    listeners: list[Listener[E]] = []
     try:
         for index, one in enumerate(options):
             listeners.append(await open_listener(one, f"Listeners[{index}]"))
@@ -180,7 +202,7 @@ async def open_listeners(options: Sequence[ListenerOptions]) -> list[Listener]:
     return listeners
 
 
-async def open_listener(options: ListenerOptions, path: str = "Listeners[0]") -> Listener:
+async def open_listener(options: E, path: str = "Listeners[0]") -> Listener[E]:
     """Bind one listener; from then on connections wait for `Listener.serve`.
 
     Raises:
@@ -190,7 +212,7 @@ async def open_listener(options: ListenerOptions, path: str = "Listeners[0]") ->
     tls = None
     if options.tls is not None:
         # What pages speak behind ALPN is HTTP; "mqtt" is the registered name of the other one.
-        protocols = ("http/1.1",) if options.type == "websocket" else ("mqtt",)
+        protocols = ("mqtt",) if options.type == "tcp" else ("http/1.1",)
         tls = TlsServer(options.tls, f"{path}.Tls", protocols)
         if tls.warning is not None:
             logger.warning("%s: %s", where, tls.warning)
@@ -248,15 +270,15 @@ async def _bind_one(family: int, address: tuple[Any, ...]) -> trio.SocketListene
         raise
 
 
-def _what_is_wrong(exc: OSError, options: ListenerOptions) -> str:
+def _what_is_wrong(exc: OSError, options: Endpoint) -> str:
     host, port = options.host, options.port
     if isinstance(exc, trio.socket.gaierror):
         return f'the host name "{host}" is unknown ({exc.strerror}); set Host to an address of this machine'
     if exc.errno == errno.EADDRINUSE:
-        flag = "--ws-port" if options.type == "websocket" else "--port"
+        flag = {"tcp": " or --port", "websocket": " or --ws-port"}.get(options.type, "")
         return (
             f"the port is in use; stop the program that has it (ss -ltnp 'sport = :{port}' shows which), "
-            f"or choose another Port or {flag} (0: any free one)"
+            f"or choose another Port{flag} (0: any free one)"
         )
     if exc.errno in (errno.EACCES, errno.EPERM):
         return "no permission to bind the port; ports below 1024 need CAP_NET_BIND_SERVICE, so choose a higher Port"

@@ -47,6 +47,9 @@ class FakeStore:
         self.stopped = True
         self._stop.set()
 
+    def trouble(self) -> str | None:
+        return None
+
     def describe(self) -> str:
         return "a fake"
 

@@ -24,7 +24,7 @@ LIMIT = 20
 class Served:
     """A broker on a real port."""
 
-    def __init__(self, broker: Broker, clients: Clients, listener: Listener) -> None:
+    def __init__(self, broker: Broker, clients: Clients, listener: Listener[ListenerOptions]) -> None:
         self.broker = broker
         self.clients = clients
         self.listener = listener

@@ -42,7 +42,7 @@ class Served:
 
     broker: Broker
     clients: Clients
-    listeners: list[Listener]
+    listeners: list[Listener[ListenerOptions]]
     seen: Recorder
     streams: list[trio.SocketStream] = attrs.field(factory=list)
 

@@ -1,0 +1,64 @@
+"""What each counter of the gateway counts, for metrics; those that also fall begin with `Gauge: `."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from gateways.kafka.records import Reason
+
+_PRODUCER: Final = {
+    "records_sent": "Records that Kafka has confirmed.",
+    "messages_sent": "Messages in the records that Kafka has confirmed.",
+    "records_failed": "Records that Kafka will never have.",
+    "records_resent": "Records that were sent again by a new producer because they had no outcome.",
+    "rebuilds": "Producers that were replaced.",
+}
+
+_BUS: Final = {
+    "messages_sent": "Messages for other nodes that Kafka has confirmed.",
+    "records_sent": "Records for other nodes that Kafka has confirmed.",
+    "messages_waiting": "Gauge: messages for other nodes that Kafka has not confirmed.",
+    "bytes_waiting": "Gauge: what these messages take in memory.",
+    "messages_dropped": "QoS 0 messages that did not go to the other nodes because the window was full.",
+    "messages_held": "Messages whose acknowledgement had to wait because the window was full.",
+    "messages_refused": "Messages that got a negative answer because of the bus.",
+    "messages_failed": "Messages that the other nodes will never get.",
+    "publishers_stopped": "Times that all publishers of QoS 1 and 2 had to wait for the bus.",
+    "nodes": "Gauge: other nodes on the bus.",
+    "records_received": "Records that were read from the bus topic.",
+    "records_own": "Those of them that this node had written.",
+    "messages_received": "Messages of other nodes that were delivered to clients of this one.",
+    "records_doubled": "Records that a repeated attempt to write them had doubled; left out.",
+    "records_missing": "Records of other nodes that never came.",
+    "records_malformed": "Records that cannot be read; left out.",
+    "records_unknown_version": "Records in a version that this node does not know; left out.",
+    "records_undelivered": "Records that could not be delivered by an error of this node.",
+}
+
+_RETAINED: Final = {
+    "records_sent": "Retained messages that Kafka has confirmed.",
+    "records_received": "Retained messages that were read from Kafka.",
+    "records_failed": "Retained messages that Kafka will never have.",
+    "messages_dropped": "Retained QoS 0 messages that did not go to Kafka because the window was full.",
+    "messages_too_large": "Retained messages that do not fit a record.",
+    "records_malformed": "Records of retained messages that cannot be read; left out.",
+    "records_unknown_version": "Records of retained messages in a version that this node does not know; left out.",
+}
+
+_DLQ: Final = {
+    "letters": "Dead letters, written or not.",
+    "letters_written": "Dead letters that Kafka has confirmed.",
+    "letters_lost": "Dead letters that Kafka will never have.",
+    "letters_bare": "Dead letters that hold facts only, because the rest did not fit or may not be written.",
+    "left_out": "What was counted instead of becoming a dead letter, because too many of its like came.",
+}
+
+MEANINGS: Final[Mapping[str, str]] = {
+    "outages": "Times that Kafka went away.",
+    **{f"archive_{name}": f"{meaning[:-1]}, of archive groups." for name, meaning in _PRODUCER.items()},
+    **{f"bus_{name}": meaning for name, meaning in _BUS.items()},
+    **{f"retained_{name}": meaning for name, meaning in _RETAINED.items()},
+    **{f"dlq_{name}": meaning for name, meaning in _DLQ.items()},
+    **{f"dlq_{reason}": f"Dead letters because of {reason}." for reason in Reason},
+}

@@ -1,0 +1,59 @@
+"""What the gateway says about Kafka being there, and how a node without traffic finds out [K1]."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import trio
+
+from gateways.kafka import presence
+from gateways.kafka.cluster import Cluster, TopicFacts
+from gateways.kafka.kafka_gateway import KafkaGateway
+from gateways.kafka.options import BusOptions, KafkaOptions
+from tests.gateway_support import told
+
+KAFKA = "127.0.0.1:1"
+
+
+def test_nobody_misses_kafka_while_nothing_uses_it() -> None:
+    gateway = KafkaGateway(KafkaOptions(servers=KAFKA))
+    gateway.cluster.away("topics", "nothing listens")
+    assert gateway.unready() == []
+
+
+def test_an_archive_group_misses_kafka_and_its_topic() -> None:
+    gateway = KafkaGateway(KafkaOptions(servers=KAFKA))
+    gateway.archive_store("own", "Sensors")
+    assert gateway.unready() == ["Kafka topic own is missing or without a leader"]
+    gateway.cluster.away("topics", "nothing listens")
+    gateway.cluster.away("archive", "no confirmation")
+    assert gateway.unready() == [f"Kafka at {KAFKA} is away: nothing listens"]
+    gateway.cluster.back("topics")
+    assert gateway.unready() == [f"Kafka at {KAFKA} is away: no confirmation"]
+    gateway.cluster.back("archive")
+    gateway.cluster.know("own", TopicFacts(partitions=1))
+    assert gateway.unready() == []
+    gateway.cluster.forget("own")
+    assert gateway.unready() == ["Kafka topic own is missing or without a leader"]
+
+
+def test_the_bus_misses_its_topics() -> None:
+    gateway = KafkaGateway(KafkaOptions(servers=KAFKA, bus=BusOptions(enabled=True, topic="b")))
+    assert gateway.unready() == [f"Kafka topic {t} is missing or without a leader" for t in ("b", "mqtt.retained")]
+
+
+async def test_a_node_without_traffic_finds_out(monkeypatch: pytest.MonkeyPatch, nursery: trio.Nursery) -> None:
+    monkeypatch.setattr(presence, "INTERVAL", 0.01)
+    monkeypatch.setattr(presence, "CONFIRMATION", 0.01)
+    answers: list[str | None] = [None, None, "once", None, "gone", "gone", "gone", None]
+
+    def probe(_servers: Sequence[str]) -> str | None:
+        return answers.pop(0) if answers else None
+
+    cluster = Cluster([KAFKA], probe)
+    nursery.start_soon(presence.watch_presence, cluster)
+    await told(cluster, lambda: cluster.is_away)
+    assert cluster.reason == "gone"
+    await told(cluster, lambda: not cluster.is_away)
+    assert (cluster.outages, answers) == (1, []), "one look that failed is no outage"
