@@ -8,6 +8,7 @@ from typing import Final
 import attrs
 
 from gateways.kafka.bus_records import (
+    ABOUT_NODES,
     INSTANCE,
     BusRecordError,
     Decoded,
@@ -109,8 +110,10 @@ class BusInbox:
         return True
 
     def _handle(self, header: Header, value: bytes, record: ConsumedRecord) -> None:
-        if header.kind is not Kind.BATCH:
+        if header.kind in ABOUT_NODES:
             self._nodes.heard(header, decode_facts(value, header.body_start), record.partition, record.offset)
+        elif header.kind is not Kind.BATCH:
+            raise BusRecordError(f"a record of kind {header.kind.name}, which is not for this topic")
         elif header.flags:
             body = self._gather(header, value, (header.instance_id, record.partition))
             if body is not None:

@@ -5,7 +5,7 @@ A record is a header and a body, big endian throughout::
     version u8 | kind u8 | flags u8 | instance 16 bytes | sequence u64 | node id length u16 | node id | body
 
 The body of a `Kind.BATCH` is a list of items: runs of PUBLISH packets as their publisher sent them, and single
-messages in fields of their own. The body of the other kinds is a `NodeFacts`. A body that is larger than one Kafka
+messages in fields of their own. The body of records about a node is a `NodeFacts`. A body that is larger than one Kafka
 record may be is cut into parts with sequences side by side: all but the last have `Flag.MORE`, all but the first
 `Flag.CONTINUED`.
 
@@ -81,6 +81,11 @@ class Kind(enum.IntEnum):
     """The node that wrote this is the earlier one of two with its id; `NodeFacts.target` is the later one."""
     GOODBYE = 4
     """A node ends in good order."""
+    PARTITIONS = 5
+    """In mqtt.retained: over how many partitions topics are spread."""
+
+
+ABOUT_NODES: Final = frozenset((Kind.HELLO, Kind.ANNOUNCE, Kind.ALIVE, Kind.GOODBYE))
 
 
 class Flag(enum.IntFlag):

@@ -12,6 +12,7 @@ import trio
 from gateways.kafka import workers
 from gateways.kafka.archive import KafkaArchiveStore
 from gateways.kafka.bridge import ConsumerBridge, ProducerBridge
+from gateways.kafka.bus_settings import BusSettings
 from gateways.kafka.cluster import Cluster
 from gateways.kafka.dead_letters import DeadLetters
 from gateways.kafka.dlq import Stage
@@ -114,7 +115,7 @@ class KafkaGateway:
             await trio.sleep_forever()
 
     def _make_bus(self, host: GatewayHost) -> Bus:
-        from gateways.kafka.bus import Bus, BusSettings
+        from gateways.kafka.bus import Bus
 
         options = self.options
         settings = BusSettings(

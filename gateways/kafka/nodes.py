@@ -2,7 +2,7 @@
 
 Kafka's log decides: every node writes a HELLO when it listens; where it lies in the log is the node's rank. A live
 node that reads the HELLO of a later one with its own `Node.Id` answers ALIVE, and the later one ends. All records
-about one `Node.Id` go to one partition, so all nodes see them in one order. Nodes announce themselves every few
+about nodes go to one partition, so all nodes see them in one order. Nodes announce themselves every few
 seconds with their rank, so two that could not see each other at the start (Kafka was away) find out later. What a
 node wrote before it was killed proves nothing: only records behind the reader's own HELLO count.
 """

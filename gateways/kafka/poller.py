@@ -26,7 +26,6 @@ CHUNK_RECORDS: Final = 256
 """What the Trio thread handles before other tasks get their turn."""
 POLL_TIMEOUT: Final = 0.2
 LOOK_INTERVAL: Final = 1.0
-GROWTH_INTERVAL: Final = 15.0
 STALL_TIMEOUT: Final = 30.0
 """Seconds without a record although Kafka has some, after which the consumer is replaced."""
 FIRST_BACKOFF: Final = 0.1
@@ -93,7 +92,7 @@ class Poller:
         self._backoff = FIRST_BACKOFF
         self._away = False
         self._progress_at = 0.0
-        self._next_look = self._next_growth = 0.0
+        self._next_look = 0.0
 
     def abort(self) -> None:
         """End soon. Any thread."""
@@ -135,7 +134,6 @@ class Poller:
         if self._targets is None:
             self._know_positions(consumer)
         self._progress_at = time.monotonic()
-        self._next_growth = self._progress_at + GROWTH_INTERVAL
         while True:
             records = consumer.poll(POLL_TIMEOUT)
             if self._halt.is_set():
@@ -235,9 +233,7 @@ class Poller:
             count and consumer.position(p) <= self._next[p] for p, count in lag.items()
         ):
             raise StalledError(f"no record for {STALL_TIMEOUT:.0f} s although there are {sum(lag.values())}")
-        if now >= self._next_growth:
-            self._next_growth = now + GROWTH_INTERVAL
-            self._look_for_growth(consumer)
+        self._look_for_growth(consumer)
 
     def _find_out(self) -> None:
         """No connection stands: that is normal for a moment (an idle one was closed), so ask the servers."""
@@ -246,6 +242,7 @@ class Poller:
             self._cluster.away(self.name, reason)
 
     def _look_for_growth(self, consumer: ConsumerLike) -> None:
+        """Read new partitions as soon as the client knows of them: it asks Kafka every `metadata_max_age_ms`."""
         for topic in self._assignments:
             if any((topic, number) not in self._next for number in consumer.partitions(topic)):
                 log.info("Kafka topic %s has grown to %d partitions", topic, len(consumer.partitions(topic)))

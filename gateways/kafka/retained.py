@@ -3,6 +3,11 @@
 Every node writes what its clients retain and reads everything from the beginning. The order of the log decides, so
 all nodes end with the same message: a node whose own record for a topic is still on its way ignores what others wrote
 for it, since its own record lies behind theirs. Records of one topic that wait here give way to the newest one.
+
+All records of one MQTT topic must be in one partition, or compaction keeps several and nobody can tell which is the
+last. So the number of partitions over which topics are spread is fixed for the life of the Kafka topic: the first node
+writes it there, under a key that no MQTT topic can have, and all others go by it. Partitions that are added later are
+read and stay empty.
 """
 
 from __future__ import annotations
@@ -17,6 +22,7 @@ import attrs
 
 from gateways.kafka.bus_records import (
     FORMAT_VERSION,
+    NUMBER,
     RUN_OVERHEAD,
     BusRecordError,
     Kind,
@@ -37,6 +43,9 @@ log = logging.getLogger("gateways.kafka.retained")
 
 MAX_OUTSTANDING: Final = 2000
 """Records that Kafka has not confirmed. Outcome: newer ones wait, one per topic."""
+MAP_KEY: Final = b"\0partitions"
+"""Key of the record that says over how many partitions topics are spread; partition 0. U+0000 is in no Topic Name."""
+MOST_PARTITIONS: Final = 100_000
 VERSION_HEADER: Final = "mqtt.version"
 NODE_HEADER: Final = "mqtt.node"
 INSTANCE_HEADER: Final = "mqtt.instance"
@@ -71,8 +80,8 @@ class Retained:
         """`settled` is told the bytes that need no room any more."""
         self._dead_letters = dead_letters or DeadLetters()
         self.topic = topic
-        self.partitions = 1
-        """Partitions of the topic; set before the first `ship`."""
+        self.partitions = 0
+        """Over how many partitions of the topic MQTT topics are spread; 0: not known yet, nothing is shipped."""
         self.maximum_size = 1_000_000
         """Bytes of the largest value; set before the first `ship`."""
         self.local = local
@@ -95,6 +104,25 @@ class Retained:
 
     # --- out
 
+    def begin(self, count: int) -> None:
+        """Everything is read; the topic has `count` partitions now. Messages leave once it is known how they are
+        spread: as an earlier node said, or, once Kafka has that, over all partitions of today."""
+        if self.partitions:
+            self.ship()
+            return
+        value = encode_header(Kind.PARTITIONS, self._instance_id, self._node_id, 0) + NUMBER.pack(count)
+
+        def done(failure: Exception | None) -> None:
+            if failure is not None:
+                log.warning("over how many partitions of %s topics are spread is not noted: %s", self.topic, failure)
+                self._spread(count)
+
+        self._offer(Record(self.topic, 0, MAP_KEY, value, done=done, messages=0))
+
+    def _spread(self, count: int) -> None:
+        self.partitions = count
+        self.ship()
+
     def take(self, message: Message) -> int:
         """Take a message with RETAIN 1; return how many more bytes wait because of it."""
         key = message.topic_name.encode()
@@ -107,7 +135,7 @@ class Retained:
 
     def ship(self, *, everything: bool = False) -> None:
         """Hand what waits to Kafka, as far as there is room, or `everything`."""
-        while self.pending and (everything or self.outstanding < MAX_OUTSTANDING):
+        while self.pending and self.partitions and (everything or self.outstanding < MAX_OUTSTANDING):
             key = next(iter(self.pending))
             message = self.pending.pop(key)
             self._ship(key, message, RUN_OVERHEAD + message.size)
@@ -176,6 +204,9 @@ class Retained:
         """Apply one record of the topic, in the order of the log. Garbage is counted."""
         self.received += 1
         try:
+            if record.key == MAP_KEY:
+                self._spread(self._decode_map(record))  # the last one counts: it is what compaction keeps
+                return
             message = self._decode(record)
         except BusRecordError as exc:
             is_version = isinstance(exc, UnknownVersionError)
@@ -205,6 +236,17 @@ class Retained:
             return True
         del self._own[key]
         return False
+
+    @staticmethod
+    def _decode_map(record: ConsumedRecord) -> int:
+        value = record.value or b""
+        header = decode_header(value)
+        if header.kind is not Kind.PARTITIONS or len(value) != header.body_start + NUMBER.size:
+            raise BusRecordError("no number of partitions")
+        count: int = NUMBER.unpack_from(value, header.body_start)[0]
+        if not 0 < count <= MOST_PARTITIONS or record.partition:
+            raise BusRecordError(f"{count} partitions, said in partition {record.partition}")
+        return count
 
     def _decode(self, record: ConsumedRecord) -> Message:
         if not record.key:

@@ -7,7 +7,8 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 import attrs
 import trio
 
-from gateways.kafka.bus import Bus, BusSettings
+from gateways.kafka.bus import Bus
+from gateways.kafka.bus_settings import BusSettings
 from gateways.kafka.cluster import TopicFacts
 from gateways.kafka.records import ConsumedRecord, Record
 from mqtt_trio.errors import StartError
@@ -69,6 +70,9 @@ class MemoryKafka:
         log.append(ConsumedRecord(topic, partition, len(log), key, value, headers, 0))
         self.changed.set()
         self.changed = trio.Event()
+
+    def grow(self, partitions: int) -> None:
+        self.sizes = attrs.evolve(self.sizes, partitions=partitions)
 
     def go_away(self) -> None:
         self.here = trio.Event()
@@ -136,6 +140,8 @@ class MemoryConsumer:
         """While it is not set, nothing more is read."""
         self.gate.set()
         self.positions: dict[tuple[str, int], int] = {}
+        self.known_partitions: int | None = None
+        """As of its metadata; None: as Kafka has."""
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         task_status.started()
@@ -148,6 +154,9 @@ class MemoryConsumer:
         while True:
             changed = self.kafka.changed
             await self.kafka.here.wait()
+            for number in range(self.known_partitions or self.kafka.sizes.partitions):
+                for topic in (bus, retained):
+                    self.positions.setdefault((topic, number), 0)  # the topic has grown
             for key, position in self.positions.items():
                 log = self.kafka.log(*key)
                 for record in log[position:]:

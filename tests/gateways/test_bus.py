@@ -9,9 +9,12 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from gateways.kafka.bus import RECORD_SIZE, START_TIMEOUT, BusSettings
+from gateways.kafka.bus import START_TIMEOUT
 from gateways.kafka.bus_records import Kind, encode_header, encode_items
+from gateways.kafka.bus_sender import RECORD_SIZE
+from gateways.kafka.bus_settings import BusSettings
 from gateways.kafka.partitions import partition_for
+from gateways.kafka.retained import MAP_KEY
 from mqtt_trio.gateway import FrameRun, Hold, Message, MessageProperties, ReasonCode, Refused
 from tests.gateways.memory_bus import LATENCY, NOW, MemoryKafka, Node, make_node, run_node, run_of, start_node
 
@@ -188,15 +191,19 @@ async def test_garbage_is_counted_and_stops_nobody(
     for value in values:
         cluster.kafka.append("monster", number, None, value)
         cluster.kafka.append("mqtt.retained", number, b"a", value or b"")
+    for value in (None, b"", encode_header(Kind.PARTITIONS, b"x" * 16, "foreign", 0) + bytes(4)):
+        cluster.kafka.append("mqtt.retained", 0, MAP_KEY, value)
+    cluster.kafka.append("mqtt.retained", 1, MAP_KEY, encode_header(Kind.PARTITIONS, b"x" * 16, "f", 0) + b"\0\0\0\1")
+    cluster.kafka.append("monster", 0, None, encode_header(Kind.PARTITIONS, b"x" * 16, "foreign", 1) + b"\0\0\0\1")
     for key in (None, b"", b"\xff", b"a/#"):
         cluster.kafka.append("mqtt.retained", number, key, None)
     one.publish("a", b"good")
     await trio.sleep(SOON)
     assert two.payloads == [b"good"]
     counters = two.bus.counters()
-    assert counters["bus_records_malformed"] == 5
+    assert counters["bus_records_malformed"] == 6
     assert counters["bus_records_unknown_version"] == 3
-    assert counters["retained_records_malformed"] + counters["retained_records_unknown_version"] == 12
+    assert counters["retained_records_malformed"] + counters["retained_records_unknown_version"] == 16
     assert [record.getMessage() for record in caplog.records if "format version 2" in record.getMessage()] == [
         "bus record of format version 2, this node reads 1: such records are left out until this node is upgraded"
     ] * 2  # once a node

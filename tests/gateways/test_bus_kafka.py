@@ -8,10 +8,12 @@ from collections.abc import AsyncIterator, Callable
 import attrs
 import pytest
 import trio
+from kafka import KafkaAdminClient
 
 from gateways.kafka.bridge import ConsumerBridge, ProducerBridge
-from gateways.kafka.bus import Bus, BusSettings
+from gateways.kafka.bus import Bus
 from gateways.kafka.bus_records import split_frames
+from gateways.kafka.bus_settings import BusSettings
 from gateways.kafka.cluster import Cluster
 from gateways.kafka.options import BusOptions, KafkaOptions, TopicOptions, TopicsOptions
 from gateways.kafka.records import ConsumedRecord
@@ -82,7 +84,12 @@ class RealCluster:
 
     async def start(self, node_id: str, **settings: int) -> RealNode:
         topics = TopicsOptions(retained=TopicOptions(name=self.retained))
-        options = KafkaOptions(servers=self.servers, bus=BusOptions(enabled=True, topic=self.topic), topics=topics)
+        options = KafkaOptions(
+            servers=self.servers,
+            bus=BusOptions(enabled=True, topic=self.topic),
+            topics=topics,
+            consumer={"metadata_max_age_ms": 500},
+        )
         cluster = Cluster(options.server_names)
         host = FakeHost(node_id, os.urandom(16))
         producer = ProducerBridge(
@@ -100,6 +107,14 @@ class RealCluster:
         with trio.fail_after(LIMIT):
             await node.settled.wait()
         return node
+
+    def grow(self, partitions: int) -> None:
+        """Give both topics more partitions; blocks."""
+        admin = KafkaAdminClient(bootstrap_servers=self.servers)
+        try:
+            admin.create_partitions({self.topic: partitions, self.retained: partitions})
+        finally:
+            admin.close()
 
     async def _run(self, node: RealNode, topics: TopicManager) -> None:
         with node.scope:
@@ -183,6 +198,32 @@ async def test_second_node_with_the_same_id_ends_and_the_first_stays(cluster: Re
     first.scope.cancel()  # as kill -9: without a word
     third = await cluster.start("same")
     assert third.error is None
+
+
+async def test_topics_that_grow_while_nodes_run(cluster: RealCluster) -> None:
+    one, two = await cluster.start("one"), await cluster.start("two")
+    topics = [f"t/{number:02}" for number in range(30)]
+    for topic in topics:
+        one.publish(topic, b"0", retain=True)
+    await until(lambda: len(two.seen) == len(topics))
+    await trio.to_thread.run_sync(cluster.grow, 24)
+    three = await cluster.start("three")
+    for number in range(1, 20):
+        for topic in topics:
+            one.send(topic, number)
+            three.send(f"3/{topic}", number)
+        await trio.sleep(0.02)
+    for topic in topics:
+        three.publish(topic, b"1", retain=True)
+    for node in (one, two):
+        await until(lambda node=node: all(len(node.numbers(f"3/{topic}")) == 19 for topic in topics))  # type: ignore[misc]
+        assert all(node.numbers(f"3/{topic}") == list(range(1, 20)) for topic in topics)
+    await until(lambda: all(len(two.numbers(topic)) == 21 for topic in topics))
+    assert all(two.numbers(topic)[:1] == [0] for topic in topics)
+    late = await cluster.start("late")
+    kept = {topic: message.payload for topic, message in late.host.local.retained.items()}
+    assert kept == dict.fromkeys(topics, b"1")
+    assert late.host.local.retained == one.host.local.retained
 
 
 async def test_large_message(cluster: RealCluster) -> None:

@@ -222,7 +222,6 @@ async def test_a_topic_that_is_missing_is_waited_for() -> None:
 
 
 async def test_partitions_that_come_later_are_read_from_their_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gateways.kafka.poller.GROWTH_INTERVAL", 0.0)
     monkeypatch.setattr("gateways.kafka.poller.LOOK_INTERVAL", 0.0)
     reading = Reading({("live", 0): [b"old"]})
     bridge = reading.bridge(("live", "end"))

@@ -1,0 +1,71 @@
+"""What the bus is told, and what it uses of its producer, its consumer and the cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Protocol
+
+import attrs
+import trio
+
+from gateways.kafka.records import ConsumedRecord, Record
+
+
+@attrs.frozen(kw_only=True)
+class BusSettings:
+    """What the bus needs to know of the configuration."""
+
+    topic: str = "monster"
+    retained_topic: str = "mqtt.retained"
+    linger: float = 0.003
+    """Seconds that messages wait to share a record."""
+    partitions: int = 12
+    """Of the bus topic, while Kafka has not said otherwise."""
+    retained_partitions: int = 12
+    """Of the retained topic, while Kafka has not said otherwise."""
+    window_messages: int = 200_000
+    """Messages that may wait for Kafka. Outcome: see `BusWindow`."""
+    window_bytes: int = 32 * 1024 * 1024
+    """Bytes of them, with an estimate of what a message costs beside its content. Outcome: see `BusWindow`."""
+
+
+class Producer(Protocol):
+    """What the bus uses of `ProducerBridge`."""
+
+    after_drain: Callable[[], None]
+
+    def offer(self, record: Record) -> None: ...
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None: ...
+
+    async def stop(self) -> None: ...
+
+    def counters(self) -> dict[str, int]: ...
+
+
+class Consumer(Protocol):
+    """What the bus uses of `ConsumerBridge`."""
+
+    positions_known: trio.Event
+    caught_up: trio.Event
+    room: Callable[[], Awaitable[None]]
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None: ...
+
+    def counters(self) -> dict[str, int]: ...
+
+
+class MakeConsumer(Protocol):
+    """Makes the one consumer of the bus: `topic` from its end, `retained_topic` from its beginning."""
+
+    def __call__(self, on_records: Callable[[list[ConsumedRecord]], None]) -> Consumer: ...
+
+
+class TopicSize(Protocol):
+    """What the bus uses of `cluster.TopicFacts`."""
+
+    @property
+    def partitions(self) -> int: ...
+
+    @property
+    def max_message_bytes(self) -> int: ...
