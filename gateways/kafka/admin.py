@@ -91,11 +91,15 @@ class Admin:
         """Return the topics that exist; None for one that this user may not see, whether it exists or not."""
         found: dict[str, Any] = {}
         hidden: dict[str, None] = {}
+        read_only: set[str] = set()
         for topic in self._admin.describe_topics(list(names)):
             if topic["error_code"] == kafka_errors.TopicAuthorizationFailedError.errno:
                 hidden[topic["name"]] = None
             elif topic["error_code"] == 0 and topic["partitions"]:
                 found[topic["name"]] = topic["partitions"]
+                operations = topic.get("authorized_operations")
+                if operations is not None and "WRITE" not in operations:
+                    read_only.add(topic["name"])
         config = self._config_of(list(found))
         states = {
             name: TopicState(
@@ -103,6 +107,7 @@ class Admin:
                 replication_factor=len(partitions[0]["replica_nodes"]),
                 leaders=all(p["leader_id"] >= 0 for p in partitions),
                 config=config.get(name, {}),
+                writable=name not in read_only,
             )
             for name, partitions in found.items()
         }

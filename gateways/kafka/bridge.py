@@ -15,7 +15,8 @@ from typing import Any, Final
 import trio
 
 from gateways.kafka.cluster import Cluster
-from gateways.kafka.feeder import Faults, Feeder, ProducerLike
+from gateways.kafka.feeder import Feeder
+from gateways.kafka.generation import Faults, ProducerLike
 from gateways.kafka.options import KafkaOptions
 from gateways.kafka.poller import Assignment, ConsumerLike, Poller
 from gateways.kafka.records import ConsumedRecord as ConsumedRecord
@@ -83,8 +84,8 @@ class ProducerBridge:
 
             open_producer = partial(workers.Producer, options, name, compression, linger_ms)
             faults = workers
-        self._feeder = Feeder(name, open_producer, faults, cluster, self._settle)
-        self._feeder.delivery_timeout = options.effective_delivery_timeout
+        timeout = options.effective_delivery_timeout
+        self._feeder = Feeder(name, open_producer, faults, cluster, self._settle, delivery_timeout=timeout)
         self._feeder.lazy = lazy
         self._inbox = self._feeder.inbox
 

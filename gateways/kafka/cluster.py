@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
 
 import attrs
+
+from gateways.kafka.records import Reason
 
 log = logging.getLogger("gateways.kafka")
 
@@ -20,6 +23,19 @@ class TopicFacts:
     partitions: int
     max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES
     """Topic property max.message.bytes: the largest batch of records after compression."""
+    is_compacted: bool = False
+    """Records without a key are refused."""
+
+
+@attrs.frozen(kw_only=True)
+class Trouble:
+    """Why nothing can be written to a topic although Kafka answers."""
+
+    reason: Reason
+    text: str
+    """One line, with what somebody can do about it."""
+    since: float
+    """Monotonic seconds."""
 
 
 class Cluster:
@@ -41,6 +57,7 @@ class Cluster:
         self._away: dict[str, str] = {}
         self._topics: dict[str, TopicFacts] = {}
         self._wanted: set[str] = set()
+        self._troubles: dict[str, Trouble] = {}
         self._listeners: list[Callable[[], None]] = []
 
     def probe(self) -> str | None:
@@ -84,15 +101,31 @@ class Cluster:
         with self._lock:
             self._topics[topic] = facts
             self._wanted.discard(topic)
+            self._troubles.pop(topic, None)
         self._tell()
 
     def facts(self, topic: str) -> TopicFacts | None:
         """Return what is known about `topic`; None: Kafka could not be asked yet, or has no such topic."""
         return self._topics.get(topic)
 
+    def cannot(self, topic: str, reason: Reason, text: str) -> None:
+        """Whoever keeps topics found that nothing can be written to `topic`, and could not change that."""
+        with self._lock:
+            before = self._troubles.get(topic)
+            since = before.since if before is not None else time.monotonic()
+            self._troubles[topic] = Trouble(reason=reason, text=text, since=since)
+        if before is None:
+            self._tell()
+
+    def trouble(self, topic: str) -> Trouble | None:
+        """Return what is wrong with `topic`; None: nothing, or nobody knows yet."""
+        return self._troubles.get(topic)
+
     def want(self, topic: str) -> None:
         """Somebody waits for facts about `topic`."""
         with self._lock:
+            if topic in self._topics:
+                return
             self._wanted.add(topic)
         self._tell()
 

@@ -12,9 +12,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Final, Protocol
+from typing import Final
 
 from gateways.kafka.cluster import Cluster
+from gateways.kafka.generation import Faults, Generation, ProducerLike
+from gateways.kafka.parking import Parking
 from gateways.kafka.partitions import partition_for
 from gateways.kafka.records import Reason, Record, RecordRefusedError
 from mqtt_trio.errors import GatewayError
@@ -32,85 +34,18 @@ AWAY_AFTER: Final = 3.0
 """Seconds without a confirmation after which Kafka is said to be away."""
 FIRST_BACKOFF: Final = 0.1
 LONGEST_BACKOFF: Final = 5.0
+GONE_AFTER: Final = 1.0
+"""Seconds without a trace of a partition after which whoever keeps topics shall look, and make the topic again."""
+LEAVE_AFTER: Final = 6.0
+"""Seconds after which the producer is given up for it: what waits for that topic pins it."""
+LEAVE_WAIT: Final = 2.0
+"""Seconds that records of other topics get then to be confirmed: fewer are sent twice."""
 CLOSE_WAIT: Final = 5.0
 ABORT_WAIT: Final = 1.0
 
 
-class ProducerLike(Protocol):
-    """What the feeder needs of `workers.Producer`."""
-
-    def send(
-        self, record: Record, partition: int, done: Callable[[Record, Any], None], failed: Callable[[Record, Any], None]
-    ) -> None: ...
-    def too_large(self, record: Record, limit: int) -> bool: ...
-    def break_off(self) -> None: ...
-    def close(self, wait: float) -> None: ...
-
-
-class Faults(Protocol):
-    """Tells the producer's exceptions apart."""
-
-    def is_fault_of_record(self, error: BaseException) -> bool: ...
-    def reason_for(self, error: BaseException) -> Reason: ...
-    def is_retriable(self, error: BaseException) -> bool: ...
-
-
-class Generation:
-    """One producer and what was handed to it."""
-
-    def __init__(
-        self,
-        producer: ProducerLike,
-        faults: Faults,
-        settle: Callable[[Record, Exception | None], None],
-        wake: Callable[[], None],
-    ) -> None:
-        self.producer = producer
-        self.in_flight: deque[Record] = deque()
-        """In the order of sending; records with an outcome are removed from the left only."""
-        self.broken: BaseException | None = None
-        self.confirmed = 0
-        self.over = False
-        """Outcomes that come now count no more: its records belong to the next generation."""
-        self._faults = faults
-        self._settle = settle
-        self._wake = wake
-
-    def confirm(self, record: Record, _metadata: Any) -> None:
-        """Note that Kafka has the record (producer's thread)."""
-        if self.over:
-            return
-        record.settled = True
-        self.confirmed += 1
-        self._settle(record, None)
-        if record.suspect:
-            self._wake()
-
-    def fail(self, record: Record, exc: Exception) -> None:
-        """Break the producer off at its first failure (producer's thread)."""
-        if self.over:
-            return
-        if self.broken is None:
-            self.broken = exc
-            self.producer.break_off()
-            self._wake()
-        if not self._faults.is_fault_of_record(exc):
-            return
-        if record.suspect:  # it was alone in its batch
-            self.finish(record, RecordRefusedError(f"Kafka refuses the record: {exc}", self._faults.reason_for(exc)))
-        else:
-            record.suspect = True
-
-    def finish(self, record: Record, error: Exception | None) -> None:
-        """Give the record its outcome."""
-        record.settled = True
-        self._settle(record, error)
-
-    def trim(self) -> None:
-        """Forget the oldest records that have their outcome."""
-        in_flight = self.in_flight
-        while in_flight and in_flight[0].settled:
-            in_flight.popleft()
+class TopicGoneError(Exception):
+    """A topic that the producer wrote to was deleted, and nobody made it again."""
 
 
 class Feeder:
@@ -128,22 +63,27 @@ class Feeder:
         faults: Faults,
         cluster: Cluster,
         settle: Callable[[Record, Exception | None], None],
+        *,
+        delivery_timeout: float = 60.0,
     ) -> None:
-        """`settle` takes the outcomes; it is called in this thread and in the producer's."""
+        """`settle` takes the outcomes; it is called in this thread and in the producer's. `delivery_timeout`: seconds
+        that a record may stay unconfirmed, or without a topic to go to."""
         self.name = name
         self.inbox: deque[Record] = deque()
         self.idle = False
         self.resent = 0
         self.rebuilds = 0
-        self.delivery_timeout = 60.0
+        self.left_behind = 0
+        """Threads of producers that did not end."""
         self.lazy = False
         """No producer is made before there is something to send."""
         self._open_producer = open_producer
         self._faults = faults
         self._cluster = cluster
         self._settle = settle
+        self._delivery_timeout = delivery_timeout
         self._again: deque[Record] = deque()
-        self._parked: dict[str, deque[Record]] = {}
+        self._parked = Parking(cluster, delivery_timeout)
         self._wake = threading.Event()
         self._halt = threading.Event()
         self._finishing = False
@@ -218,7 +158,7 @@ class Feeder:
             if generation.broken is not None:
                 self._report_broken(generation)
                 return False
-            if self._send_some(generation):
+            if generation.leaving_at is None and self._send_some(generation):
                 continue
             if self._finishing and not generation.in_flight and not self._has_work():
                 return True
@@ -228,7 +168,8 @@ class Feeder:
         # The order matters: an append before `idle` is seen by the test, one behind it sees `idle`.
         self._wake.clear()
         self.idle = True
-        held = bool(self._again) or bool(generation.in_flight and generation.in_flight[-1].suspect)
+        held = bool(self._again) or generation.leaving_at is not None
+        held = held or bool(generation.in_flight and generation.in_flight[-1].suspect)
         if (held or not self.inbox) and generation.broken is None and not self._halt.is_set():
             self._wake.wait(FINISH_WAIT if self._finishing else IDLE_WAIT)
         self.idle = False
@@ -262,13 +203,17 @@ class Feeder:
     def _send(self, generation: Generation, record: Record) -> None:
         topic = record.topic
         facts = self._cluster.facts(topic)
-        if facts is None or topic in self._parked:
-            self._park(record)
+        if facts is None or topic in self._parked or topic in generation.gone_topics:
+            self._parked.add(record)
             return
         limit = facts.max_message_bytes
         if record.size > limit and generation.producer.too_large(record, limit):
             text = f"the record has {record.size} bytes, topic {topic} takes batches of {limit}"
             generation.finish(record, RecordRefusedError(text, Reason.TOO_LARGE))
+            return
+        if facts.is_compacted and record.key is None:
+            text = f"topic {topic} is compacted, and the record has no key"
+            generation.finish(record, RecordRefusedError(text, Reason.REFUSED))
             return
         if record.partition is None:
             record.partition = partition_for(record.key or b"", facts.partitions)
@@ -286,7 +231,7 @@ class Feeder:
         if self._faults.is_retriable(exc):  # no metadata: the topic is gone, or Kafka is
             generation.in_flight.pop()
             self._cluster.forget(record.topic)
-            self._park(record)
+            self._parked.add(record)
         elif "Unrecognized partition" in str(exc):  # what we know about the topic is not what the producer knows
             self._cluster.forget(record.topic)
             generation.broken = exc
@@ -297,47 +242,57 @@ class Feeder:
         else:
             generation.broken = exc
 
-    def _park(self, record: Record) -> None:
-        """Keep `record` until its topic is known."""
-        parked = self._parked.get(record.topic)
-        if parked is None:
-            parked = self._parked[record.topic] = deque()
-            self._cluster.want(record.topic)
-        parked.append(record)
-
     # Supervision
 
     def _look_after(self, generation: Generation) -> None:
-        """Trim what is in flight; now and then see whether confirmations come, and whether topics turned up."""
+        """Trim what is in flight; now and then see whether confirmations come, and whether topics came or went."""
         generation.trim()
         if self._parked:
-            self._unpark()
+            for queue in self._parked.known(generation.gone_topics):
+                self._again.extendleft(reversed(queue))
         now = time.monotonic()
         if now < self._next_look:
             return
         self._next_look = now + LOOK_INTERVAL
+        for record, error in self._parked.hopeless(now):
+            generation.finish(record, error)
+        self._look_for_gone(generation, now)
         waiting = now - generation.in_flight[0].sent_at if generation.in_flight else 0.0
-        if waiting > self.delivery_timeout:
+        if not generation.producer.is_alive and generation.broken is None:
+            generation.broken = RuntimeError("its thread ended")
+        elif waiting > self._delivery_timeout and generation.broken is None:
             generation.broken = TimeoutError(f"no confirmation for {waiting:.0f} s")
-        elif waiting > AWAY_AFTER and not self._away:
+        elif waiting > AWAY_AFTER and not self._away and not generation.gone:
             self._report_away(TimeoutError(f"no confirmation for {waiting:.0f} s"))
         elif self._away and (generation.confirmed or not self._has_work()) and waiting < AWAY_AFTER:
             self._away = False
             self._cluster.back(self.name)
 
-    def _unpark(self) -> None:
-        for topic in [name for name in self._parked if self._cluster.facts(name) is not None]:
-            self._again.extendleft(reversed(self._parked.pop(topic)))
+    def _look_for_gone(self, generation: Generation, now: float) -> None:
+        """See to topics that were deleted: a record for one pins kafka-python's thread and waits in vain, unless the
+        topic is made again in time."""
+        for topic in generation.look_for_gone(now, GONE_AFTER):
+            log.warning("Kafka topic %s is gone: what is for it waits until it is there again", topic)
+            self._cluster.forget(topic)
+        if generation.leaving_at is None:
+            if generation.gone_for(now) > LEAVE_AFTER:
+                generation.leaving_at = now + LEAVE_WAIT
+        elif not generation.gone:
+            generation.leaving_at = None
+        if generation.leaving_at is not None and (generation.only_gone_left() or now > generation.leaving_at):
+            topics = ", ".join(sorted(generation.gone_topics))
+            generation.broken = generation.broken or TopicGoneError(f"there is no topic {topics} any more")
 
     def _take_back(self, generation: Generation) -> None:
         """Close the producer; what has no outcome goes before everything else, in order."""
-        generation.producer.close(ABORT_WAIT if self._halt.is_set() else CLOSE_WAIT)
+        if not generation.producer.close(ABORT_WAIT if self._halt.is_set() else CLOSE_WAIT):
+            self.left_behind += 1
+            log.error("the thread of Kafka producer %s does not end and is left behind", self.name)
         generation.over = True
-        unsettled = [record for record in generation.in_flight if not record.settled]
+        unsettled = generation.unsettled()
         # Per topic, parked records are younger than those in flight and older than those still to be sent again.
-        parked = [record for queue in self._parked.values() for record in queue]
+        self._again.extendleft(reversed([*unsettled, *self._parked.all()]))
         self._parked.clear()
-        self._again.extendleft(reversed([*unsettled, *parked]))
         self.resent += len(unsettled)
         if generation.confirmed:
             self._backoff = FIRST_BACKOFF
@@ -346,7 +301,12 @@ class Feeder:
         self.rebuilds += 1
         exc = generation.broken
         assert exc is not None
-        if self._faults.is_fault_of_record(exc):
+        if generation.denied is not None:  # whoever keeps topics finds out what is missing
+            log.warning("Kafka producer %s is replaced: it may not write to topic %s", self.name, generation.denied)
+            self._cluster.forget(generation.denied)
+        elif isinstance(exc, TopicGoneError):
+            log.warning("Kafka producer %s is replaced: %s", self.name, exc)
+        elif self._faults.is_fault_of_record(exc):
             log.warning("Kafka producer %s is replaced, Kafka refused a record: %s", self.name, describe(exc))
         elif generation.confirmed and not isinstance(exc, TimeoutError):
             log.warning("Kafka producer %s is replaced: %s", self.name, describe(exc))
@@ -360,12 +320,13 @@ class Feeder:
 
     def fail_rest(self) -> None:
         """Give everything that is left its outcome; nothing is left after an end in peace."""
-        for queue in (self._again, *self._parked.values(), self.inbox):
+        self._again.extendleft(reversed(self._parked.all()))
+        self._parked.clear()
+        for queue in (self._again, self.inbox):
             while queue:
                 record = queue.popleft()
                 record.settled = True
                 self._settle(record, GatewayError("closed before Kafka confirmed the record", retriable=True))
-        self._parked.clear()
 
 
 def describe(exc: BaseException) -> str:

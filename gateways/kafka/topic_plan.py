@@ -60,6 +60,13 @@ class TopicState:
     """Each partition has a leader."""
     config: Mapping[str, str]
     """Effective properties; empty when we may not see them."""
+    writable: bool = True
+    """Our user may write to it, as far as Kafka says."""
+
+    @property
+    def is_compacted(self) -> bool:
+        """Only the last record of a key stays, and each record needs one."""
+        return "compact" in self.config.get(CLEANUP, "")
 
 
 def least_in_sync(factor: int) -> str:

@@ -16,6 +16,7 @@ import trio
 
 from gateways.kafka.cluster import DEFAULT_MAX_MESSAGE_BYTES, Cluster, TopicFacts
 from gateways.kafka.options import KafkaOptions
+from gateways.kafka.records import Reason
 from gateways.kafka.topic_plan import DENIED, KafkaTools, TopicPlan, TopicState, differences
 
 log = logging.getLogger("gateways.kafka")
@@ -153,7 +154,8 @@ class TopicManager:
             else:
                 self._cluster.back("topics")
                 self._learn(plans, found)
-                if len(found.refused.keys() | found.hidden) == len(plans):
+                missing = [plan for plan in plans if self._cluster.facts(plan.name) is None]
+                if missing and all(self._cluster.trouble(plan.name) is not None for plan in missing):
                     delay = PATIENCE
             self.looked.set()
             if any(self._cluster.facts(plan.name) is None for plan in plans):
@@ -165,10 +167,15 @@ class TopicManager:
             state = found.states.get(plan.name)
             if state is None:
                 self._report_missing(plan, found)
+            elif not state.writable:
+                text = f"this node may not write to Kafka topic {plan.name}"
+                self._cluster.cannot(plan.name, Reason.DENIED, text)
+                self._say(logging.ERROR, f"{text}; somebody who may: {self._tools.allow(plan.name, 'Write')}")
             elif state.leaders:  # else it is being made or its brokers are down: look again
                 limit = state.config.get("max.message.bytes", "")
                 size = int(limit) if limit.isdigit() else DEFAULT_MAX_MESSAGE_BYTES
-                self._cluster.know(plan.name, TopicFacts(partitions=state.partitions, max_message_bytes=size))
+                facts = TopicFacts(partitions=state.partitions, max_message_bytes=size, is_compacted=state.is_compacted)
+                self._cluster.know(plan.name, facts)
                 self._report_differences(plan, state, found.brokers)
 
     def _report_differences(self, plan: TopicPlan, state: TopicState, brokers: int) -> None:
@@ -185,6 +192,8 @@ class TopicManager:
             text = f"Kafka topic {plan.name} cannot be created: {reason}"
         else:
             return  # created just now, not yet known to all brokers
+        kind = Reason.DENIED if plan.name in found.hidden else Reason.NO_TOPIC
+        self._cluster.cannot(plan.name, kind, text)
         self._say(logging.ERROR, text)
 
     def _say(self, level: int, text: str) -> None:

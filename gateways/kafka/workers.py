@@ -6,17 +6,16 @@ module follows from it: clients never create topics, failed constructors leak no
 
 from __future__ import annotations
 
-import gzip
 import logging
 import socket
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, Final
 
 import kafka.errors as kafka_errors
-import lz4.frame
-from kafka import KafkaConsumer, KafkaProducer, TopicPartition
+from kafka import KafkaConsumer, KafkaProducer, TopicPartition, codec
 from kafka.net.compat import KafkaNetClient
 from kafka.net.inet import KafkaNetSocket
 
@@ -31,6 +30,15 @@ MAX_REQUEST_SIZE: Final = 8 * 1024 * 1024
 NEVER_MS: Final = 24 * 3600 * 1000
 """kafka-python shall not expire batches one by one: a later batch could overtake. `Feeder` gives up on a producer as a
 whole instead, after `KafkaOptions.delivery_timeout`."""
+
+LEADERLESS_PAUSE: Final = 0.01
+"""Seconds between two rounds of kafka-python's thread while a partition has no leader: a busy loop else."""
+ENCODERS: Final[Mapping[str | None, Callable[[bytes], bytes]]] = {
+    "gzip": codec.gzip_encode,
+    "lz4": codec.lz4_encode,
+    "snappy": codec.snappy_encode,
+    "zstd": codec.zstd_encode,
+}
 
 FAULT_OF_ONE_RECORD: Final = (
     kafka_errors.MessageSizeTooLargeError,
@@ -78,6 +86,11 @@ def quiet_loggers() -> None:
 def is_fault_of_record(error: BaseException) -> bool:
     """Tell whether Kafka refused one record for what it is, so that no repetition can help."""
     return isinstance(error, FAULT_OF_ONE_RECORD)
+
+
+def is_denial(error: BaseException) -> bool:
+    """Tell whether this node may not write to the topic."""
+    return isinstance(error, kafka_errors.TopicAuthorizationFailedError)
 
 
 def reason_for(error: BaseException) -> Reason:
@@ -178,6 +191,20 @@ def leak_safe() -> Iterator[Callable[..., KafkaNetClient]]:
         raise
 
 
+def slow_down_without_leader(accumulator: Any) -> None:
+    """Keep kafka-python's thread from spinning while a partition that it ever wrote to has no leader, or is gone: it
+    asks for metadata and looks again at once then, for as long as that lasts."""
+    ready = accumulator.ready
+
+    def ready_in_peace(cluster: Any, now: float | None = None) -> Any:
+        found = ready(cluster, now=now)
+        if found[2]:  # unknown leaders exist
+            time.sleep(LEADERLESS_PAUSE)
+        return found
+
+    accumulator.ready = ready_in_peace
+
+
 def is_connected(client: Any) -> bool:
     """Tell whether a client has a connection to any broker. Any thread."""
     return any(connection.connected for connection in tuple(client._manager._conns.values()))
@@ -218,6 +245,7 @@ class Producer:
         config["delivery_timeout_ms"] = NEVER_MS
         with leak_safe() as make_client:
             self._producer = KafkaProducer(kafka_client=make_client, **config)
+        slow_down_without_leader(self._producer._accumulator)
         self._compression = config["compression_type"]
         self._max_request_size: int = config["max_request_size"]
 
@@ -237,25 +265,35 @@ class Producer:
             return True
         if record.size <= limit:
             return False
-        body = (record.key or b"") + (record.value or b"")
-        if self._compression == "gzip":
-            size = len(gzip.compress(body, 6))
-        elif self._compression == "lz4":
-            size = len(lz4.frame.compress(body))
-        else:
+        encode = ENCODERS.get(self._compression)
+        if encode is None:
             return True
-        return size + record.size - len(body) > limit
+        body = (record.key or b"") + (record.value or b"")
+        return len(encode(body)) + record.size - len(body) > limit
+
+    def vanished(self) -> set[tuple[str, int]]:
+        """Return partitions that this producer wrote to and that Kafka no longer names."""
+        leader_of = self._producer._metadata.leader_for_partition  # -1: no leader at the moment; None: no partition
+        written = list(self._producer._accumulator._batches)
+        return {(p.topic, p.partition) for p in written if leader_of(p) is None}
+
+    @property
+    def is_alive(self) -> bool:
+        """kafka-python's thread runs."""
+        return bool(self._producer._sender.is_alive())
 
     def break_off(self) -> None:
         """Let nothing more leave; whatever is not confirmed fails. Any thread, kafka-python's too; does not block."""
         self._producer._sender.force_close()
 
-    def close(self, wait: float) -> None:
-        """End the producer by force; blocks for `wait` seconds at most. All outcomes are known then."""
+    def close(self, wait: float) -> bool:
+        """End the producer by force; blocks for `wait` seconds at most. Return whether its thread ended: all outcomes
+        are known then."""
         self.break_off()
         self._producer._sender.join(wait)
         with suppress(Exception):
             self._producer.close(0)  # takes back its atexit hook; its thread is gone already
+        return not self._producer._sender.is_alive()
 
 
 class Consumer:
