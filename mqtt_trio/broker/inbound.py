@@ -106,7 +106,7 @@ class Inbound:
         broker = self.broker
         retained = broker.retained
         topic_name = message.topic_name
-        known = retained.get(topic_name) is not None or topic_name in broker.keeper.left_out
+        before = retained.get(topic_name)
         if kept := not broker.journal.overfull:
             kept = retained.set(message)
             if not kept and retained.drop_expired(message.published_at):
@@ -116,8 +116,10 @@ class Inbound:
         if kept and message.payload:
             if broker.journal.keeps:
                 broker.keeper.retained(message)
-        elif known:
+                broker.keeper.retained_by(message, before)
+        elif before is not None or topic_name in broker.keeper.left_out:
             broker.keeper.retained_gone(topic_name)
+            broker.keeper.retained_by(message, before)
         broker.metrics.retained_refused += not kept
         broker.metrics.retained_messages = len(broker.retained)
 

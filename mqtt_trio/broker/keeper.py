@@ -9,6 +9,7 @@ from mqtt_trio.broker.events import OutageBegan, OutageEnded
 from mqtt_trio.broker.journal import AGAIN, RELEASED, RETAIN, ROW_SIZE, Held, frame_of, positive
 from mqtt_trio.broker.message import Message
 from mqtt_trio.broker.queues import MessageQueue
+from mqtt_trio.broker.retained_changes import RetainedChanges
 from mqtt_trio.broker.router import SubscriptionOptions
 from mqtt_trio.broker.session import Delivery, Session, number_of, qos_of
 from mqtt_trio.broker.shares import ShareGroup
@@ -41,6 +42,7 @@ class Keeper:
         with."""
         self._freed: dict[Session, None] = {}
         """Sessions that have a free slot in their window by it. While a failure is dealt with."""
+        self.retained_changes = RetainedChanges()
         self.left_out: set[str] = set()
         """Topics of retained messages in the store for which [Limits] left no room at the start."""
         self.outage_since: float | None = None
@@ -192,6 +194,27 @@ class Keeper:
             self.journal.dirty = True
             self.left_out.discard(topic_name)
 
+    def retained_by(self, message: Message, before: Message | None) -> None:
+        """The change that was noted last is that of this PUBLISH; until the store has it, it may be refused. `before`:
+        what the topic had."""
+        if not self.journal.keeps or is_system_topic(message.topic_name):
+            return
+        if message.qos:
+            after = self.broker.retained.get(message.topic_name)
+            self.retained_changes.note(self.journal.last_number, message.topic_name, before, after)
+        else:
+            self.retained_changes.settle(message.topic_name)
+
+    def _restore_retained(self, topic_name: str, message: Message | None) -> None:
+        """A change was taken back."""
+        retained = self.broker.retained
+        if message is not None and retained.set(message):
+            self.retained(message)
+        else:
+            retained.remove(topic_name)
+            self.retained_gone(topic_name)
+        self.broker.metrics.retained_messages = len(retained)
+
     # The store's answers; whoever calls flushes behind
 
     def take(self) -> Batch:
@@ -212,7 +235,9 @@ class Keeper:
             self.outage_since = None
         broker.metrics.store_commits += 1
         broker.metrics.store_rows += self._rows
-        for outbox in journal.committed():
+        outboxes = journal.committed()
+        self.retained_changes.committed(journal.safe)
+        for outbox in outboxes:
             while outbox.held and outbox.held[0].number <= journal.done_number:
                 self._release(outbox, outbox.held.pop(0))
         broker.call_inside()
@@ -326,7 +351,10 @@ class Keeper:
         self.broker.metrics.packets_sent += 1
 
     def _withdraw(self, number: Number) -> None:
-        """Take back a delivery that waits in a queue or whose frame waits for the store; what was sent stays sent."""
+        """Take back a retained message, or a delivery that waits in a queue or whose frame waits for the store; what
+        was sent stays sent."""
+        if (change := self.retained_changes.withdraw(number)) is not None:
+            self._restore_retained(*change)
         while (later := self.journal.renumbered.get(abs(number))) is not None:
             number = later
         if abs(number) in self.journal.gated:
