@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lib.kafka_install import install
-from lib.kafka_node import KILL_TIMEOUT, Node, Place, make_archive, places, secure_place
+from lib.kafka_node import KILL_TIMEOUT, Node, Place, behind_proxies, make_archive, places, secure_place
 from lib.kafka_process import HOST, KafkaError, is_free, locked
 
 
@@ -34,11 +34,11 @@ class Cluster:
             raise KafkaError(f"{self.folder} has no node {node_id}; its nodes: {', '.join(map(str, nodes))}")
         return {node_id: nodes[node_id]}
 
-    def start(self, port: int, brokers: int | None, *, secure: bool, fresh: bool) -> bool:
+    def start(self, port: int, brokers: int | None, *, secure: bool, fresh: bool, proxies: Sequence[int] = ()) -> bool:
         """Start the nodes that do not run and wait until all serve. Return whether any had to be started.
 
-        The first start chooses how many there are (`brokers`, None: one), their ports (0: any free ones), and whether
-        the one has secured listeners.
+        The first start chooses how many there are (`brokers`, None: one), their ports (0: any free ones), whether the
+        one has secured listeners, and `proxies`: ports to which a further listener of each node sends its clients.
         """
         with locked(self.folder.parent / f".{self.folder.name}.lock"):
             if fresh:
@@ -48,7 +48,8 @@ class Cluster:
             if kept := [place for node in self.nodes.values() if (place := node.place)]:
                 self._compare(kept, port, brokers, secure=secure)
             else:
-                for place in [secure_place(port)] if secure else places(brokers or 1, port):
+                chosen = [secure_place(port)] if secure else places(brokers or 1, port)
+                for place in behind_proxies(chosen, proxies) if proxies else chosen:
                     name = f"node-{place.node_id}" if len(place.voters) > 1 else ""
                     Node(self.folder / name).prepare(place)
             return self._launch(list(self.nodes.values()))

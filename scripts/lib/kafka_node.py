@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -28,8 +29,8 @@ KILL_TIMEOUT: Final = 10.0
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where a node stands: its id, its ports, the controllers of its quorum as id -> port, and its secured listeners as
-    name -> port, if it has any.
+    """Where a node stands: its id, its ports, the controllers of its quorum as id -> port, its secured listeners as
+    name -> port, and its listener behind a proxy, if it has any.
 
     A quorum remembers the addresses of its controllers, so these never change while there are data.
     """
@@ -39,6 +40,8 @@ class Place:
     controller_port: int
     voters: dict[int, int]
     secured: dict[str, int]
+    proxied: tuple[int, int] | None = None
+    """Port of the listener, and that of the proxy in front of it, where clients of it are sent."""
 
     @classmethod
     def read(cls, path: Path) -> Place | None:
@@ -48,9 +51,10 @@ class Place:
             port, controller_port, node_id = int(state["port"]), int(state["controller_port"]), int(state.get("id", 1))
             voters = {int(voter): int(at) for voter, at in state.get("voters", {1: controller_port}).items()}
             secured = {str(name): int(at) for name, at in state.get("secured", {}).items()}
+            proxied = tuple(map(int, state.get("proxied") or ()))
         except (OSError, ValueError, KeyError):
             return None
-        return cls(node_id, port, controller_port, voters, secured)
+        return cls(node_id, port, controller_port, voters, secured, (proxied[0], proxied[1]) if proxied else None)
 
     def write(self, path: Path) -> None:
         state = {
@@ -59,13 +63,20 @@ class Place:
             "controller_port": self.controller_port,
             "voters": self.voters,
             "secured": self.secured,
+            "proxied": self.proxied,
         }
         path.write_text(json.dumps(state) + "\n")
 
     @property
     def listeners(self) -> dict[str, int]:
         """Name -> port of each listener of the broker."""
-        return {"PLAINTEXT": self.port, **self.secured}
+        proxied = {"PROXIED": self.proxied[0]} if self.proxied else {}
+        return {"PLAINTEXT": self.port, **self.secured, **proxied}
+
+    @property
+    def advertised(self) -> dict[str, int]:
+        """Name -> port where each listener says that it is."""
+        return self.listeners | ({"PROXIED": self.proxied[1]} if self.proxied else {})
 
 
 def secure_place(port: int) -> Place:
@@ -88,6 +99,16 @@ def places(count: int, port: int) -> list[Place]:
     return [Place(number + 1, taken[number], taken[count + number], voters, {}) for number in range(count)]
 
 
+def behind_proxies(chosen: Sequence[Place], proxies: Sequence[int]) -> list[Place]:
+    """Give each node a further listener, which sends its clients to a port of `proxies`."""
+    taken = [port for place in chosen for port in (*place.listeners.values(), place.controller_port)] + [*proxies]
+    found = []
+    for place, proxy in zip(chosen, proxies, strict=True):
+        taken.append(free_port(*taken))
+        found.append(dataclasses.replace(place, proxied=(taken[-1], proxy)))
+    return found
+
+
 def properties(place: Place, folder: Path) -> dict[str, str]:
     """Return the server.properties of a node: three nodes and more keep every partition three times, two of them in
     sync, so that one may be lost.
@@ -97,8 +118,11 @@ def properties(place: Place, folder: Path) -> dict[str, str]:
     """
     replicas = min(3, len(place.voters))
     in_sync = max(1, replicas - 1)
-    listeners = ",".join(f"{name}://{HOST}:{port}" for name, port in place.listeners.items())
-    listeners += f",CONTROLLER://{HOST}:{place.controller_port}"
+    own = {"CONTROLLER": place.controller_port}
+    listeners, advertised = (
+        ",".join(f"{name}://{HOST}:{port}" for name, port in (ports | own).items())
+        for ports in (place.listeners, place.advertised)
+    )
     voters = [f"{number}@{HOST}:{port}" for number, port in place.voters.items()]
     quorum = (
         {"controller.quorum.bootstrap.servers": f"{HOST}:{place.controller_port}"}
@@ -109,10 +133,10 @@ def properties(place: Place, folder: Path) -> dict[str, str]:
         "process.roles": "broker,controller",
         "node.id": str(place.node_id),
         "listeners": listeners,
-        "advertised.listeners": listeners,
+        "advertised.listeners": advertised,
         "controller.listener.names": "CONTROLLER",
         "inter.broker.listener.name": "PLAINTEXT",
-        "listener.security.protocol.map": "CONTROLLER:PLAINTEXT,PLAINTEXT:PLAINTEXT",
+        "listener.security.protocol.map": "CONTROLLER:PLAINTEXT,PLAINTEXT:PLAINTEXT,PROXIED:PLAINTEXT",
         "log.dirs": str(folder / "data"),
         "num.partitions": "4",
         "default.replication.factor": str(replicas),
