@@ -348,7 +348,8 @@ class Broker:
 
     @staticmethod
     def encoded(link: ClientLink, packet: Packet) -> bytes | None:
-        """Encode a control packet, or end the client that does not take it."""
+        """Encode a control packet, or end the client that does not take it. PUBACK to PUBCOMP, whose texts may be left
+        out, need not ask: none is as large as the CONNACK that the client took."""
         try:
             return link.connection.encode(packet)
         except LocalProtocolError as exc:

@@ -163,7 +163,7 @@ class Handshakes:
         session.user_name = principal.user_name
         broker.keeper.attached(session)
         self._accept(link, session, packet, self._connack(link, session, packet, granted, present), now)
-        if present:
+        if present and session.link is link:  # it took its CONNACK
             broker.sender.resend(session, now)
             if session.shares:
                 broker.shares.arrived(session, now)
