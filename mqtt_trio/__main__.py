@@ -1,4 +1,4 @@
-"""The command line [F3]: `mqtt-trio serve` (the default), `check`, `doctor`, `pub`, `sub`, `topics`, `offsets`.
+"""The command line [F3]: `mqtt-trio serve` (the default), `check`, `doctor`, `pub`, `sub`, `topics`, `offsets`, `dlq`.
 
 Exit codes: 0, 1 failure, 2 usage, 78 configuration; pub and sub add those of mosquitto's clients.
 """
@@ -39,6 +39,7 @@ CLIENTS: Final = {
 GATEWAY_COMMANDS: Final = {
     "topics": ("Kafka", "compare the topics in Kafka with the plan, create and grow them"),
     "offsets": ("Kafka", "show and reset what this deployment has read of its topics"),
+    "dlq": ("Kafka", "show what could not be stored or understood, and write it again"),
 }
 """Commands that a gateway brings -> its section, help. A configuration is loaded for them."""
 

@@ -29,6 +29,8 @@ from mqtt_trio.protocol.codes import ProtocolVersion as ProtocolVersion
 from mqtt_trio.protocol.codes import ReasonCode as ReasonCode
 from mqtt_trio.protocol.packets import NO_PROPERTIES as NO_PROPERTIES
 from mqtt_trio.protocol.packets import MessageProperties as MessageProperties
+from mqtt_trio.protocol.topics import topic_matches as topic_matches
+from mqtt_trio.protocol.topics import validate_topic_filter as validate_topic_filter
 
 
 class LocalClient(Protocol):

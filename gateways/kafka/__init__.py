@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from gateways.kafka.kafka_gateway import KafkaGateway
     from mqtt_trio.gateway import GatewayCommand
 
-COMMANDS: Final = {"offsets": "offset_commands", "topics": "topic_commands"}
+COMMANDS: Final = {"dlq": "dlq_commands", "offsets": "offset_commands", "topics": "topic_commands"}
 """Command -> module with `COMMAND`; it imports kafka-python when it runs."""
 
 

@@ -5,25 +5,29 @@ Nothing here runs on the Trio thread.
 
 from __future__ import annotations
 
+import os
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Final, TypeAlias, TypeVar
 
 import kafka.errors as kafka_errors
-from kafka import TopicPartition
+from kafka import KafkaConsumer, TopicPartition
 from kafka.admin import ConfigResource, ConfigResourceType, KafkaAdminClient, OffsetSpec, OffsetTimestamp
 from kafka.structs import OffsetAndMetadata
 
 from gateways.kafka.groups import GroupState
 from gateways.kafka.options import KafkaOptions
 from gateways.kafka.topic_plan import DENIED, TopicState
-from gateways.kafka.workers import common_config, leak_safe, probe, quiet_loggers
+from gateways.kafka.workers import common_config, leak_safe, normal_keys, probe, quiet_loggers
 from mqtt_trio.errors import GatewayError
 
 ADMIN_TIMEOUT_MS: Final = 10_000
 COORDINATOR_TIMEOUT: Final = 15.0
 COORDINATOR_INTERVAL: Final = 0.2
+LONGEST_HOLD_MS: Final = 24 * 3600 * 1000
+"""How long `sole_member` holds its place without polling."""
 NO_COORDINATOR: Final = (
     kafka_errors.CoordinatorNotAvailableError,
     kafka_errors.CoordinatorLoadInProgressError,
@@ -63,6 +67,41 @@ def administration(options: KafkaOptions) -> Iterator[Admin]:
         raise GatewayError(text, retriable=not denied) from None
     finally:
         admin.close()
+
+
+@contextmanager
+def sole_member(options: KafkaOptions, group: str, topic: str) -> Iterator[None]:
+    """Be the only member of `group` while the body runs: whoever else tries is refused. The member subscribes to
+    `topic`, reads nothing and commits nothing; should the process die, its place is free after ten seconds.
+
+    Raises:
+      GatewayError: there is another member.
+    """
+    with administration(options) as admin:
+        if (found := admin.group(group)) is not None and found.is_active:
+            raise _taken(found)
+        own = {"session_timeout_ms": 10_000, "max_poll_interval_ms": LONGEST_HOLD_MS, "max_poll_records": 1}
+        config = common_config(options, f"{socket.gethostname()}-{os.getpid()}") | normal_keys(options.consumer) | own
+        with leak_safe() as make_client:
+            consumer = KafkaConsumer(kafka_client=make_client, group_id=group, enable_auto_commit=False, **config)
+        try:
+            consumer.subscribe([topic])
+            until = time.monotonic() + COORDINATOR_TIMEOUT
+            while not consumer.assignment() and time.monotonic() < until:
+                consumer.poll(timeout_ms=100)
+            consumer.pause(*consumer.assignment())
+            found = admin.group(group)
+            if not consumer.assignment() or found is None or len(found.members) > 1:
+                raise _taken(found)
+            yield
+        finally:
+            with suppress(Exception):
+                consumer.close(autocommit=False, timeout_ms=2000)
+
+
+def _taken(group: GroupState | None) -> GatewayError:
+    members = ", ".join(group.members) if group is not None else "unknown"
+    return GatewayError(f"another one is at it ({members}); try again when it is done", retriable=True)
 
 
 def words_of(exc: BaseException) -> str:

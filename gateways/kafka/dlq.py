@@ -28,6 +28,9 @@ FORMAT_VERSION: Final = 1
 VERSION_HEADER: Final = "mqtt.dlq.version"
 ID_HEADER: Final = "mqtt.dlq.id"
 """Also on every record that was redriven: whoever reads the target can tell that it has this letter's record."""
+REDRIVEN_HEADER: Final = "mqtt.dlq.redriven"
+"""On a record of mqtt.dlq without a value, which has a letter's key: its record was written again. Holds where, as
+`topic-partition@offset`."""
 STAGE_HEADER: Final = "mqtt.dlq.stage"
 REASON_HEADER: Final = "mqtt.dlq.reason"
 BROKER_HEADER: Final = "mqtt.brokerId"
