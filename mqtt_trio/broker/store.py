@@ -93,6 +93,13 @@ class Batch:
             or any(value is not None and len(value) > MARK_SIZE for value in self.marks.values())
         )
 
+    def copied(self) -> Batch:
+        """Return a batch of the same rows."""
+        parts: dict[str, Any] = {name: getattr(self, name) for name in _PARTS}
+        for name, part in parts.items():
+            parts[name] = dict(part) if isinstance(part, dict) else list(part)
+        return Batch(**parts)
+
 
 _PARTS = tuple(field.name for field in attrs.fields(Batch))
 
@@ -168,6 +175,7 @@ class MemoryStore:
 
     def commit(self, batch: Batch) -> None:
         """Apply `batch`."""
+        batch = batch.copied()  # what ends the reading of it, such as want of memory, has changed nothing yet
         state = self.state
         for number, (owner, packet_id, flags) in batch.moves.items():
             if (delivery := state.deliveries.get(number)) is not None:

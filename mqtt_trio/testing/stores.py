@@ -1,16 +1,17 @@
-"""For stores of your own: what every Store must do, and a Store that fails when it is told to."""
+"""For stores of your own: what every Store must do."""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable
-from enum import Enum, auto
+from collections.abc import Callable
 from typing import Any, Final, TypeAlias
 
 import attrs
 
-from mqtt_trio.broker.store import Batch, DeliveryRow, Store, StoredState
+from mqtt_trio.broker.store import Batch, DeliveryRow, MemoryStore, Store, StoredState
 from mqtt_trio.errors import StoreError
+from mqtt_trio.testing.store_faults import Fault as Fault
+from mqtt_trio.testing.store_faults import FaultyStore as FaultyStore
+from mqtt_trio.testing.store_faults import Interruption, dying
 
 Reopen: TypeAlias = Callable[[], Store]
 """The store at one place, in a life of its own: loaded and closed before the next one begins."""
@@ -23,7 +24,8 @@ FRAMES: Final = (b"", b"\0", b"\x30\x03\0\x01a", bytes(range(256)), b"\xff" * (2
 
 
 def check_store(make: MakePlace) -> None:
-    """Run the whole suite: every kind of row, whole batches, batches that come again, numbers that are not used again.
+    """Run the whole suite: every kind of row, whole batches, batches that come again, numbers that are not used again,
+    commits that end by an exception at any of their rows.
 
     `make` is called once for each check and makes a new, empty place; what it returns is called for each life of the
     store there. For a store that keeps files: `lambda: partial(MyStore, new_path())`.
@@ -290,6 +292,77 @@ def _takes_big_batches(reopen: Reopen) -> None:
     assert rows["marks"] == {"m/0": b"0"}
 
 
+def _two_batches(first: int) -> tuple[Batch, Batch]:
+    """Return two batches on owners and deliveries from `first` on; the second one changes what the first one wrote."""
+    one, two = first + 1, first + 2
+    batch = Batch(groups={first: f"$share/g/{first}"})
+    for owner in (one, two):
+        batch.sessions[owner] = (owner, f"c{owner}", None, NEVER, None, None, None)
+        batch.subscriptions[owner, "a"] = (owner, "a", 1, None)
+        batch.received[owner, 7] = True
+        batch.contents[owner] = b"shared"
+        batch.retained[f"t/{owner}"] = (f"t/{owner}", b"old", "", 0.5)
+        batch.marks[f"m/{owner}"] = b"old"
+    batch.deliveries = {n: delivery(n, (first, one, two)[n % 3], n % 2) for n in range(first + 10, first + 22)}
+    change = Batch(
+        sessions={one: (one, "other", None, 1, 2.5, None, None), two: None}, groups={first + 3: "$share/h/a"}
+    )
+    change.subscriptions = {(one, "a"): None, (one, "b"): (one, "b", 2, 5)}
+    change.received = {(one, 7): False, (one, 8): True}
+    change.retained = {f"t/{one}": None, f"t/{two}": (f"t/{two}", b"new", "", 1.5)}
+    change.marks = {f"m/{one}": None, f"m/{two}": b"new"}
+    owned = {n: (row[1], n) for n, row in batch.deliveries.items()}
+    change.moves = {n: (one, n % 5 + 1, 2) for n, (owner, _) in owned.items() if owner == first}
+    change.done = [n for n, (owner, _) in owned.items() if owner == one]
+    change.deliveries = {n: delivery(n, one, n % 2 * n) for n in range(first + 30, first + 34)}
+    change.contents = {first + 40: b"also shared"}
+    change.contents_done = [one]
+    return batch, change
+
+
+def _survives_a_commit_that_dies(reopen: Reopen) -> None:
+    """Whatever ends a commit, at any of its rows: it is there as a whole or not at all, the life in which that happened
+    goes on, and the batch may come again."""
+    model, store = MemoryStore(), reopen()
+    store.load()
+    first = rows = 0
+    died = True
+    while died:
+        for goes_on in (False, True):
+            first += 100
+            before, after = _two_batches(first)
+            model.commit(before)
+            store.commit(before)
+            nothing = rows_of(model.load())
+            model.commit(after)
+            whole = rows_of(model.load())
+            died = not _commits(store, dying(after, rows))
+            if not goes_on:
+                store.close()
+                found = rows_of(reload(reopen))
+                assert found == whole or (died and found == nothing), f"a commit that dies at row {rows} leaves a part"
+                store = reopen()
+                store.load()
+            store.commit(after)
+            gone = Batch(sessions={first + 1: None}, groups={first: None, first + 3: None}, contents_done=[first + 2])
+            gone.contents_done.append(first + 40)
+            gone.retained, gone.marks = {f"t/{first + 2}": None}, {f"m/{first + 2}": None}
+            model.commit(gone)
+            store.commit(gone)
+        rows += 1
+    store.close()
+    assert rows > 1, "nobody read the batch"
+    assert rows_of(reload(reopen)) == rows_of(model.load())
+
+
+def _commits(store: Store, batch: Batch) -> bool:
+    try:
+        store.commit(batch)
+    except (Interruption, StoreError):
+        return False
+    return True
+
+
 _CHECKS: Final = (
     _begins_empty,
     _keeps_every_kind_of_row,
@@ -301,61 +374,5 @@ _CHECKS: Final = (
     _keeps_deliveries_in_order,
     _numbers_are_never_used_again,
     _takes_big_batches,
+    _survives_a_commit_that_dies,
 )
-
-
-# --- faults ---
-
-
-class Fault(Enum):
-    """How one commit goes."""
-
-    NONE = auto()
-    BEFORE = auto()
-    """It fails before anything was written."""
-    AFTER = auto()
-    """It is there and yet fails, as when the disk reports an error after it had written."""
-    CRASH = auto()
-    """The process dies before it: this and every later commit of this life fails, and nothing is written."""
-    CRASH_AFTER = auto()
-    """The process dies behind it: it is there, nobody is told, and every later commit of this life fails."""
-
-
-class FaultyStore:
-    """A life of `store` whose commits go by `faults`, one after the other; without more of them, all goes well.
-
-    A test gives the same `store` to the next FaultyStore, as if it were the disk.
-    """
-
-    def __init__(self, store: Store, faults: Iterable[Fault] = ()) -> None:
-        self.store = store
-        self.faults = deque(faults)
-        self.crashed = False
-        self.commits = 0
-        """Calls of `commit`, the failed ones too."""
-
-    def load(self) -> StoredState:
-        """Return what the store holds."""
-        return self.store.load()
-
-    def commit(self, batch: Batch) -> None:
-        """Commit, or fail as planned."""
-        self.commits += 1
-        fault = Fault.NONE if not self.faults else self.faults.popleft()
-        if self.crashed or fault is Fault.CRASH:
-            self.crashed = True
-            raise StoreError("planned: the process is dead")
-        if fault is Fault.BEFORE:
-            raise StoreError("planned: nothing was written")
-        self.store.commit(batch)
-        if fault is Fault.CRASH_AFTER:
-            self.crashed = True
-        if fault is not Fault.NONE:
-            raise StoreError("planned: reported as failed after all was written")
-
-    def close(self) -> None:
-        """Close the store."""
-        self.store.close()
-
-    def describe(self) -> str:
-        return f"{self.store.describe()}, with faults"

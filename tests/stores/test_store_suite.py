@@ -83,6 +83,51 @@ def test_the_suite_notices_what_a_store_forgets(part: str) -> None:
         check_store(make)
 
 
+class TornStore(MemoryStore):
+    """A commit that dies leaves some of its rows."""
+
+    def commit(self, batch: Batch) -> None:
+        try:
+            super().commit(batch)
+        except BaseException:
+            super().commit(Batch(deliveries=dict(dict.items(batch.deliveries))))
+            raise
+
+
+class WedgedStore(MemoryStore):
+    """Takes nothing any more once a commit has died."""
+
+    died = False
+
+    def commit(self, batch: Batch) -> None:
+        if self.died:
+            raise StoreError("planned: a commit is still open")
+        self.died = True
+        super().commit(batch)
+        self.died = False
+
+
+class SilentStore(MemoryStore):
+    """Returns as if all were well."""
+
+    def commit(self, batch: Batch) -> None:
+        try:
+            super().commit(batch)
+        except BaseException as exc:
+            self.swallowed = exc
+
+
+@pytest.mark.parametrize("kind", [TornStore, WedgedStore, SilentStore])
+def test_the_suite_notices_what_a_dying_commit_leaves(kind: type[MemoryStore]) -> None:
+    def make() -> Reopen:
+        store = kind()
+        return lambda: store
+
+    with pytest.raises((AssertionError, StoreError)) as caught:
+        check_store(make)
+    assert caught.value.__notes__ == ["in _survives_a_commit_that_dies"]
+
+
 @pytest.mark.parametrize("fault", [Fault.BEFORE, Fault.AFTER])
 def test_a_batch_that_failed_comes_again(fault: Fault) -> None:
     disk = MemoryStore()
@@ -96,6 +141,17 @@ def test_a_batch_that_failed_comes_again(fault: Fault) -> None:
     batch.deliveries[2] = delivery(2, 1)
     store.commit(batch)
     assert [row[0] for row in disk.load().deliveries] == [1, 2]
+
+
+@pytest.mark.parametrize("fault", [Fault.DIES, Fault.DIES_AFTER])
+def test_a_commit_that_died_is_no_end(fault: Fault) -> None:
+    disk = MemoryStore()
+    store = FaultyStore(disk, [fault], dies_of=MemoryError())
+    with pytest.raises(MemoryError):
+        store.commit(session(1))
+    assert (len(disk.load().sessions) == 1) == (fault is Fault.DIES_AFTER)
+    store.commit(session(2))
+    assert disk.load().sessions[-1][0] == 2
 
 
 @pytest.mark.parametrize("fault, kept", [(Fault.CRASH, 0), (Fault.CRASH_AFTER, 1)])
