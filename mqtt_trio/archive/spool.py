@@ -134,9 +134,9 @@ class Spool:
         self._write_at = self._read_at = 0.0  # not before these instants
         self._delay = FIRST_RETRY
         self._work, self._progress, self._ended = trio.Event(), trio.Event(), trio.Event()
-        self._closing = self._abandoned = False
+        self._runs = self._closing = self._abandoned = False
         self._lock = threading.Lock()
-        self._busy: bool | None = None  # whether the thread is at work; None: it never was
+        self._busy = False  # the thread is at work
 
     # --- what its owner calls ---
 
@@ -228,6 +228,7 @@ class Spool:
         Raises:
           StoreError: the directory cannot be used.
         """
+        self._runs = True
         try:
             await self._in_thread(self._log.open)
             self._look_at_log()
@@ -245,16 +246,22 @@ class Spool:
         """Run `function`; when nobody waits for its end any more it closes the log behind itself."""
 
         def call() -> None:
+            with self._lock:
+                if self._abandoned:
+                    return
+                self._busy = True
             try:
                 function()
             finally:
-                with self._lock:
-                    self._busy = False
-                    if self._abandoned:
-                        self._log.close()
+                self._let_go()
 
-        self._busy = True
         await self._run_sync(call)
+
+    def _let_go(self) -> None:
+        with self._lock:
+            self._busy = False
+            if self._abandoned:
+                self._log.close()
 
     def _close(self) -> None:
         with self._lock:
@@ -294,7 +301,7 @@ class Spool:
         if job.read_error is not None:
             logger.error("%s. It is tried again", job.read_error)
             self._read_at = trio.current_time() + LAST_RETRY
-        self._found = job.found
+        self._found = self._found or job.found
         self._look_at_log()
         if self._disk_size < size:
             self._write_at = 0.0  # there is room again
@@ -332,7 +339,7 @@ class Spool:
         scope. Idempotent."""
         self._closing = True
         self._work.set()
-        if self._busy is None:
+        if not self._runs:
             return
         await self._ended.wait()
         if self._tail:

@@ -118,6 +118,18 @@ async def test_a_reader_waits_and_is_cancelled_without_loss(tmp_path: Path) -> N
         assert await read_all(spool) == [b"a", b"b", b"c", b"d"]
 
 
+async def test_what_was_read_waits_for_its_reader_over_further_commits(tmp_path: Path) -> None:
+    spool = make_spool(tmp_path)
+    async with running(spool):
+        for word in (b"a", b"b"):
+            spool.append(word)
+            await wait_all_tasks_blocked()
+        spool.changed = lambda: spool.append(b"c") if spool.end < 5 else None
+        found = [record.data for record in await spool.read()]
+        assert found == [b"a", b"b"]
+        assert await read_all(spool) == [b"c"] * 3
+
+
 async def test_a_reader_overtakes_the_commit_and_the_next_process_reads_it_again(tmp_path: Path) -> None:
     """Otherwise a spool under load would never be empty."""
     release = threading.Event()
@@ -294,38 +306,38 @@ async def test_stop_writes_what_waits_and_says_what_it_could_not(
     assert caplog.records[-1].getMessage() == f"spool {tmp_path / 'b'}: stopped with 7 messages that are not on disk"
 
 
-async def test_cancelled_it_lets_go_of_its_directory(tmp_path: Path) -> None:
+async def test_cancelled_it_lets_go_of_its_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also in the middle of a commit: the thread closes the files behind it."""
-    at_work, release, ended = threading.Event(), threading.Event(), threading.Event()
+    at_work, release, closed = threading.Event(), threading.Event(), threading.Event()
+    append, close = SpoolLog.append, SpoolLog.close
 
-    async def slow(function: Callable[[], T]) -> T:
-        def call() -> T:
-            at_work.set()
-            assert release.wait(20)
-            try:
-                return function()
-            finally:
-                ended.set()
+    def slow_append(log: SpoolLog, records: list[SpoolRecord]) -> None:
+        at_work.set()
+        assert release.wait(20)
+        append(log, records)
 
-        return await in_thread(call)
+    def told_close(log: SpoolLog) -> None:
+        close(log)
+        closed.set()
 
-    for expected in ([], [b"x"]):
-        release.set()
-        spool = Spool(tmp_path, max_bytes=BIG, synchronous="OFF", run_sync=slow)
+    monkeypatch.setattr(SpoolLog, "append", slow_append)
+    monkeypatch.setattr(SpoolLog, "close", told_close)
+    spool = Spool(tmp_path, max_bytes=BIG, synchronous="OFF")
+    async with trio.open_nursery() as nursery:
+        await nursery.start(spool.run)
+        spool.append(b"x")
+        assert await trio.to_thread.run_sync(at_work.wait, 20)
+        nursery.cancel_scope.cancel()
+    assert not closed.is_set()
+    release.set()
+    assert await trio.to_thread.run_sync(closed.wait, 20)
+    for _ in range(2):
+        spool = make_spool(tmp_path)
         async with trio.open_nursery() as nursery:
             await nursery.start(spool.run)
-            assert await read_all(spool) == expected
-            at_work.clear()
-            release.clear()
-            spool.append(b"x")
-            await trio.to_thread.run_sync(at_work.wait)
+            assert await read_all(spool) == [b"x"]
+            spool.append(b"y")
             nursery.cancel_scope.cancel()
-        ended.clear()
-        release.set()
-        assert await trio.to_thread.run_sync(ended.wait, 20)
-    spool = make_spool(tmp_path)
-    async with running(spool):
-        assert await read_all(spool) == [b"x", b"x"]
 
 
 async def test_a_directory_that_cannot_be_used(tmp_path: Path) -> None:
