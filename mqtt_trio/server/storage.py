@@ -44,9 +44,16 @@ class RunSync(Protocol):
     async def __call__(self, function: Callable[[], T]) -> T: ...
 
 
-async def in_thread(function: Callable[[], T]) -> T:
-    """Run a blocking call in a thread. Cancelled, it is left to itself: a disk that hangs must not hold the process."""
-    return await trio.to_thread.run_sync(function, abandon_on_cancel=True, limiter=trio.CapacityLimiter(1))
+class InThread:
+    """Runs the blocking calls of one store in threads. Cancelled, a call is left to itself: a disk that hangs must not
+    hold the process. The next call still waits for its end, since a store takes one at a time."""
+
+    def __init__(self) -> None:
+        self._limiter = trio.CapacityLimiter(1)
+
+    async def __call__(self, function: Callable[[], T]) -> T:
+        """Run one call."""
+        return await trio.to_thread.run_sync(function, abandon_on_cancel=True, limiter=self._limiter)
 
 
 async def inline(function: Callable[[], T]) -> T:
@@ -71,10 +78,10 @@ def _without_collector() -> Iterator[None]:
 class Storage:
     """One broker's store, from load to close."""
 
-    def __init__(self, broker: Broker, store: Store, run_sync: RunSync = in_thread) -> None:
+    def __init__(self, broker: Broker, store: Store, run_sync: RunSync | None = None) -> None:
         self.broker = broker
         self.store = store
-        self._run_sync = run_sync
+        self._run_sync = run_sync or InThread()
         self._changed = trio.Event()
         self._ended = trio.Event()
         self._closing = False

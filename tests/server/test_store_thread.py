@@ -20,7 +20,7 @@ from mqtt_trio.protocol.codes import ProtocolVersion, QoS, ReasonCode
 from mqtt_trio.protocol.packets import ConnAck, Connect, PubAck, Publish
 from mqtt_trio.server.clients import Clients
 from mqtt_trio.server.listeners import ListenerOptions
-from mqtt_trio.server.storage import RETRY_LAST, SLOW_AFTER, DiedError, RunSync, Storage, in_thread
+from mqtt_trio.server.storage import RETRY_LAST, SLOW_AFTER, DiedError, InThread, RunSync, Storage
 from mqtt_trio.testing import ConnectionEndedError, Pipe, TestClient, open_memory_broker
 from mqtt_trio.testing.stores import Fault, FaultyStore
 
@@ -157,7 +157,7 @@ async def leave_kept_session(node: Served) -> None:
 async def test_the_thread_dies(death: BaseException) -> None:
     store = FaultyStore(MemoryStore(), dies_of=death)
     with trio.fail_after(LIMIT):
-        async with served(store, in_thread) as node:
+        async with served(store, InThread()) as node:
             await leave_kept_session(node)
             publisher = await node.connect("publisher")
             store.faults.append(Fault.DIES)
@@ -225,7 +225,7 @@ async def test_the_thread_hangs_and_the_end_comes_all_the_same() -> None:
     store = FaultyStore(MemoryStore())
     try:
         with trio.fail_after(LIMIT):
-            async with served(store, in_thread) as node:
+            async with served(store, InThread()) as node:
                 await leave_kept_session(node)
                 publisher = await node.connect("publisher")
                 store.faults.append(Fault.HANGS)
