@@ -16,6 +16,7 @@ from mqtt_trio.archive.spool import SpoolRecord as SpoolRecord
 from mqtt_trio.archive.spool import spool_path as spool_path
 from mqtt_trio.archive.store import ArchiveStore as ArchiveStore
 from mqtt_trio.archive.store import Outcome as Outcome
+from mqtt_trio.broker.connections import Newcomer as Newcomer
 from mqtt_trio.broker.message import Message as Message
 from mqtt_trio.broker.tap import Answer as Answer
 from mqtt_trio.broker.tap import FrameRun as FrameRun
@@ -120,6 +121,17 @@ class GatewayHost(Protocol):
 
     def commit(self) -> None:
         """Have the store commit soon, though nothing but marks may have changed."""
+
+    def watch_clients(self, watcher: Callable[[Newcomer], None]) -> None:
+        """Tell `watcher` of each client that has connected with a Client Identifier of its own, behind its CONNACK.
+        It runs inside the hot stretch, is quick and does not raise."""
+
+    def connected_at(self, client_id: str) -> float | None:
+        """Return the UTC seconds at which a client that is connected now did so, None when it is not."""
+
+    def taken_elsewhere(self, newcomer: Newcomer, node: str) -> bool:
+        """A client has connected to another node: end its connection here with Session taken over, and its session
+        when it starts clean. False: nothing ended, and what is another user's never does."""
 
     def flush(self) -> None:
         """Send what is waiting in the outboxes of touched clients; call it after releasing Holds."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 import trio
 
 from mqtt_trio.broker.broker import Broker
+from mqtt_trio.broker.connections import Newcomer
 from mqtt_trio.broker.local import LocalPublisher
 from mqtt_trio.broker.tap import Tap
 
@@ -43,6 +44,20 @@ class Host:
         if self.broker.journal.keeps:
             self.broker.journal.dirty = True
             self.broker.flush()
+
+    def watch_clients(self, watcher: Callable[[Newcomer], None]) -> None:
+        """Tell `watcher` of each client that connects."""
+        self.broker.connections.watchers.append(watcher)
+
+    def connected_at(self, client_id: str) -> float | None:
+        """UTC seconds at which a client that is connected now did so."""
+        return self.broker.connections.connected_at(client_id)
+
+    def taken_elsewhere(self, newcomer: Newcomer, node: str) -> bool:
+        """A client has connected to another node."""
+        taken = self.broker.connections.taken_elsewhere(newcomer, node, trio.current_time())
+        self.broker.flush()
+        return taken
 
     def flush(self) -> None:
         """Send what waits in the outboxes of touched clients."""

@@ -18,6 +18,7 @@ from typing import Final
 
 import trio
 
+from gateways.kafka.bus_clients import BusClients
 from gateways.kafka.bus_inbox import BusInbox
 from gateways.kafka.bus_records import Kind, NodeFacts, encode_facts
 from gateways.kafka.bus_sender import LEAST_PART, PART_SLACK, BusSender
@@ -84,7 +85,9 @@ class Bus:
             settled=partial(self.window.settle, 0),
             dead_letters=self.dead_letters,
         )
-        self.sender.after_ship = self.retained.ship
+        self.clients = BusClients(host, self.sender.tell, self.sender.arm)
+        self.inbox.clients = self.clients
+        self.sender.after_ship = self._ship_others
 
     # --- tap
 
@@ -101,10 +104,13 @@ class Bus:
             retained.dropped += 1
             return
         window.add(0, retained.take(message))
-        if not self.sender.armed:
-            self.sender.arm()
+        self.sender.arm()
 
     # --- out
+
+    def _ship_others(self) -> None:
+        self.clients.ship()
+        self.retained.ship()
 
     def _send_facts(self, kind: Kind, facts: NodeFacts, settled: Callable[[], None]) -> None:
         def done(failure: Exception | None) -> None:
@@ -237,6 +243,7 @@ class Bus:
             "bus_messages_failed": sender.failed_messages,
             "bus_publishers_stopped": window.stops,
             "bus_nodes": len(self.nodes.known),
+            **self.clients.counters(),
             **inbox.counters(),
             **retained.counters(),
         }

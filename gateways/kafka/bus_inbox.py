@@ -7,6 +7,7 @@ from typing import Final
 
 import attrs
 
+from gateways.kafka.bus_clients import BusClients
 from gateways.kafka.bus_records import (
     ABOUT_NODES,
     INSTANCE,
@@ -60,6 +61,8 @@ class BusInbox:
         self.unknown_version = 0
         self.undelivered = 0
         """Records that failed on their way to the subscribers; counted by the bus."""
+        self.clients: BusClients
+        """Set before the first record."""
         self._instance_id = instance_id
         self._local = local
         self._nodes = nodes
@@ -76,7 +79,7 @@ class BusInbox:
         try:
             if value[INSTANCE] == self._instance_id:
                 self.own += 1
-                self._nodes.read_back(decode_header(value).kind, record.partition, record.offset)
+                self._read_back(decode_header(value), value, record)
                 return
             header = decode_header(value)
             if self._is_new(header, record.partition):
@@ -109,9 +112,18 @@ class BusInbox:
         self._last[writer] = header.sequence
         return True
 
+    def _read_back(self, header: Header, value: bytes, record: ConsumedRecord) -> None:
+        """A record of this very instance: what it says about others than messages has its place in the log now."""
+        if header.kind is Kind.CLIENTS:
+            self.clients.read_back(header.sequence, value[header.body_start :])
+        elif header.kind is not Kind.BATCH:
+            self._nodes.read_back(header.kind, record.partition, record.offset)
+
     def _handle(self, header: Header, value: bytes, record: ConsumedRecord) -> None:
         if header.kind in ABOUT_NODES:
             self._nodes.heard(header, decode_facts(value, header.body_start), record.partition, record.offset)
+        elif header.kind is Kind.CLIENTS:
+            self.clients.heard(header, value[header.body_start :])
         elif header.kind is not Kind.BATCH:
             raise BusRecordError(f"a record of kind {header.kind.name}, which is not for this topic")
         elif header.flags:

@@ -83,6 +83,8 @@ class Kind(enum.IntEnum):
     """A node ends in good order."""
     PARTITIONS = 5
     """In mqtt.retained: over how many partitions topics are spread."""
+    CLIENTS = 6
+    """Clients have connected to a node (`bus_clients`)."""
 
 
 ABOUT_NODES: Final = frozenset((Kind.HELLO, Kind.ANNOUNCE, Kind.ALIVE, Kind.GOODBYE))

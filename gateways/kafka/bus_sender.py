@@ -172,8 +172,9 @@ class BusSender:
 
     def arm(self) -> None:
         """Something waits: ship it a linger from now."""
-        self.armed = True
-        self._wake.set()
+        if not self.armed:
+            self.armed = True
+            self._wake.set()
 
     # --- what leaves
 
@@ -254,7 +255,9 @@ class BusSender:
             log.error("%d messages did not reach the other nodes: %s", messages, failure)
         self.window.settle(messages, size)
 
-    def tell(self, kind: Kind, body: bytes, done: Callable[[Exception | None], None]) -> None:
-        """Write a record to the other nodes that holds no messages."""
-        value = self._head(kind, self._next_sequence(CONTROL_PARTITION)) + body
+    def tell(self, kind: Kind, body: bytes, done: Callable[[Exception | None], None]) -> int:
+        """Write a record to the other nodes that holds no messages; return its sequence."""
+        sequence = self._next_sequence(CONTROL_PARTITION)
+        value = self._head(kind, sequence) + body
         self._offer(Record(self.settings.topic, CONTROL_PARTITION, None, value, done=done, messages=0))
+        return sequence

@@ -167,6 +167,7 @@ class Handshakes:
             broker.sender.resend(session, now)
             if session.shares:
                 broker.shares.arrived(session, now)
+        connections.tell_watchers(session, packet, now)
 
     def _connack(self, link: ClientLink, session: Session, packet: Connect, granted: Granted, present: bool) -> ConnAck:
         """Say what was granted; what is absent is as the client asked, or without a limit."""

@@ -6,6 +6,8 @@ import heapq
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import attrs
+
 from mqtt_trio.broker.aliases import OutboundAliases
 from mqtt_trio.broker.events import ClientDisconnected, SessionExpired, SessionTakenOver
 from mqtt_trio.broker.fast_lane import FastLane
@@ -17,6 +19,17 @@ from mqtt_trio.protocol.packets import Connect, Disconnect, Packet
 
 if TYPE_CHECKING:
     from mqtt_trio.broker.broker import Broker
+
+
+@attrs.frozen
+class Newcomer:
+    """A client that has connected to some node of a cluster."""
+
+    client_id: str
+    user_name: str | None
+    clean_start: bool
+    connected_at: float
+    """UTC seconds since the epoch, by the clock of its node."""
 
 
 class Connections:
@@ -31,6 +44,8 @@ class Connections:
         """What handles bytes first; tests put one that takes nothing."""
         self.deadline_added: Callable[[], None] = lambda: None
         """Called with each new deadline, for whoever sleeps until the next one."""
+        self.watchers: list[Callable[[Newcomer], None]] = []
+        """Told of each client that has connected with a Client Identifier of its own."""
 
     # The beginning of a connection
 
@@ -50,21 +65,55 @@ class Connections:
 
     def _detach_old(self, old: Session, link: ClientLink, packet: Connect, now: float) -> None:
         """Take over from another connection, then end the session if the new one starts clean."""
-        broker = self.broker
         if (old_link := old.link) is not None:
             old_link.end(ReasonCode.SESSION_TAKEN_OVER, "another connection has the same Client Identifier")
-            broker.metrics.sessions_taken_over += 1
-            broker.emit(
-                SessionTakenOver(
-                    at=now + broker.wall_offset, client_id=old.client_id, old_peer=old_link.peer, new_peer=link.peer
-                )
-            )
-            self.lost(old_link, now)
+            self._taken_over(old, old_link, link.peer, now)
         if packet.clean_start:  # [MQTT5-3.1.2-4]
             if self.sessions.get(old.client_id) is old:
                 self._end_session(old, now)
         else:
             old.will = old.will_at = None  # the session goes on before the Will was due [MQTT5-3.1.3-9]
+
+    def tell_watchers(self, session: Session, packet: Connect, now: float) -> None:
+        """A client is connected, and its user is known. One whose Client Identifier was made here is nowhere else."""
+        if self.watchers and packet.client_id:
+            at = now + self.broker.wall_offset
+            newcomer = Newcomer(session.client_id, session.user_name, packet.clean_start, at)
+            for tell in self.watchers:
+                tell(newcomer)
+
+    def connected_at(self, client_id: str) -> float | None:
+        """UTC seconds at which a client that is connected now did so, or None."""
+        session = self.sessions.get(client_id)
+        return None if session is None or session.link is None else session.connected_at + self.broker.wall_offset
+
+    def taken_elsewhere(self, newcomer: Newcomer, node: str, now: float) -> bool:
+        """A client has connected to another node: here its connection is over [MQTT5-3.1.4-3], and with Clean Start its
+        session as well [MQTT5-3.1.2-4]. False: nothing ended, and what is another user's never does."""
+        session, broker = self.sessions.get(newcomer.client_id), self.broker
+        if session is None or (broker.binds_sessions and session.user_name != newcomer.user_name):
+            return False
+        if (link := session.link) is not None:
+            link.end(ReasonCode.SESSION_TAKEN_OVER, f"the client has connected to node {node}")
+            self._taken_over(session, link, f"node {node}", now)
+        if newcomer.clean_start:
+            if self.sessions.get(session.client_id) is session:
+                self._end_session(session, now)
+        else:
+            session.will = session.will_at = None  # its client is back before the Will was due [MQTT5-3.1.3-9]
+            if session.number and self.sessions.get(session.client_id) is session:
+                broker.keeper.changed(session)
+        return link is not None or newcomer.clean_start
+
+    def _taken_over(self, session: Session, old_link: ClientLink, new_peer: str, now: float) -> None:
+        broker = self.broker
+        broker.metrics.sessions_taken_over += 1
+        broker.emit(
+            SessionTakenOver(
+                at=now + broker.wall_offset, client_id=session.client_id, old_peer=old_link.peer, new_peer=new_peer
+            )
+        )
+        self.lost(old_link, now)
 
     def _attach(self, link: ClientLink, session: Session, packet: Connect, now: float) -> None:
         """Join a session and a link in one step."""
@@ -79,6 +128,7 @@ class Connections:
             outbox.aliases = OutboundAliases(aliases)
         session.forget_routes()
         session.link, session.outbox = link, outbox
+        session.connected_at = now
         session.deadline = session.will_at = None
         session.acks.clear()
         session.carried = set(session.received) if session.received else None

@@ -96,6 +96,7 @@ class Session:
         "bursts",
         "carried",
         "client_id",
+        "connected_at",
         "deadline",
         "ended_at",
         "expiry_interval",
@@ -155,6 +156,8 @@ class Session:
         self.will: Will | None = None
         self.will_at: float | None = None
         """Monotonic instant at which the Will of the ended connection is due."""
+        self.connected_at = 0.0
+        """Monotonic instant at which its last connection began."""
         self.ended_at: float | None = None
         """Monotonic instant at which its last connection ended."""
         self.deadline: float | None = None

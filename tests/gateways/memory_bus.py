@@ -12,7 +12,7 @@ from gateways.kafka.bus_settings import BusSettings
 from gateways.kafka.cluster import TopicFacts
 from gateways.kafka.records import ConsumedRecord, Record
 from mqtt_trio.errors import StartError
-from mqtt_trio.gateway import FrameRun, LocalClient, Message, ProtocolVersion, Tap
+from mqtt_trio.gateway import FrameRun, LocalClient, Message, Newcomer, ProtocolVersion, Tap
 
 LATENCY = 0.001
 """Seconds between an offer and its confirmation."""
@@ -208,6 +208,10 @@ class FakeHost:
         self.local = FakeLocal()
         self.taps: list[Tap] = []
         self.stopped: list[bool] = []
+        self.watchers: list[Callable[[Newcomer], None]] = []
+        self.clients: dict[str, float] = {}
+        """Clients that are connected, and when they did so."""
+        self.taken: list[tuple[Newcomer, str]] = []
 
     def add_tap(self, tap: Tap) -> None:
         self.taps.append(tap)
@@ -224,6 +228,18 @@ class FakeHost:
 
     def commit(self) -> None:
         pass
+
+    def watch_clients(self, watcher: Callable[[Newcomer], None]) -> None:
+        self.watchers.append(watcher)
+
+    def connected_at(self, client_id: str) -> float | None:
+        return self.clients.get(client_id)
+
+    def taken_elsewhere(self, newcomer: Newcomer, node: str) -> bool:
+        if self.clients.pop(newcomer.client_id, None) is None:
+            return False
+        self.taken.append((newcomer, node))
+        return True
 
     def flush(self) -> None:
         pass
@@ -268,6 +284,12 @@ class Node:
         route = self.bus.route(topic)
         assert route is not None
         return route.take(message)
+
+    def connect(self, client_id: str, at: float, *, clean_start: bool = False) -> None:
+        """What the broker does with a CONNECT."""
+        self.host.clients[client_id] = at
+        for tell in self.host.watchers:
+            tell(Newcomer(client_id, None, clean_start, at))
 
     def kill(self) -> None:
         """End without a word, as kill -9 does."""

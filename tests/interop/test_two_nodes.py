@@ -155,6 +155,31 @@ def test_retained_message_is_replaced_on_all_nodes(cluster: Cluster, brokers: Br
         assert payload_at(a) is None
 
 
+def test_client_moves_with_its_id(cluster: Cluster, brokers: Brokers, topic: str) -> None:
+    """It is connected to one node at a time; a session that outlives the connection stays on its node."""
+    a, b, c = (brokers.start(cluster.config(), name=name) for name in ("node-a", "node-b", "node-c"))
+    name = f"mover-{topic}"
+    with PahoClient(a, client_id=name, clean=False, session_expiry_interval=600) as at_a:
+        at_a.subscribe(topic)
+        with PahoClient(b, client_id=name, clean=False, transport="websockets") as at_b:
+            assert at_a.ended.wait(10)
+            assert at_a.reason is not None
+            assert at_a.reason.value == 0x8E
+            at_b.subscribe(topic)
+            with PahoClient(c, client_id=name, version=V311, clean=False) as at_c:
+                assert at_b.ended.wait(10)
+                at_c.publish(topic, "from c", qos=1)
+                with PahoClient(a, client_id=name, clean=False, session_expiry_interval=600) as again:
+                    assert at_c.ended.wait(10)
+                    assert again.flags is not None
+                    assert again.flags.session_present
+                    assert again.received(1) == [Heard(topic, b"from c", 1)]
+                    again.publish(topic, "still here", qos=1)
+                    assert again.received(2)[1:] == [Heard(topic, b"still here", 1)]
+    log = [found.string for found in b.output.matches("taken over by node node-c")]
+    assert len(log) == 1
+
+
 def test_second_live_node_with_one_id_ends(cluster: Cluster, brokers: Brokers, topic: str) -> None:
     first = brokers.start(cluster.config(), name="first", node_id="twin")
     second = brokers.make(cluster.config(), name="second", node_id="twin")
