@@ -22,11 +22,15 @@ from gateways.kafka.poller import Assignment, ConsumerLike, Poller
 from gateways.kafka.records import ConsumedRecord as ConsumedRecord
 from gateways.kafka.records import Record as Record
 from gateways.kafka.records import RecordRefusedError
+from gateways.kafka.watchdog import Watchdog
+from mqtt_trio.errors import GatewayError
 
 log = logging.getLogger("gateways.kafka")
 
 DRAIN_LIMIT: Final = 2000
 """Outcomes that one drain handles before other tasks get their turn."""
+DEPOSE_WAIT: Final = 0.05
+"""Seconds that a thread which turns out not to hang gets to take its hands off everything."""
 CLOSE_GRACE: Final = 1.0
 """Seconds that a cancelled `stop` still waits for its thread."""
 SLOTS: Final = 8
@@ -85,9 +89,12 @@ class ProducerBridge:
             open_producer = partial(workers.Producer, options, name, compression, linger_ms)
             faults = workers
         timeout = options.effective_delivery_timeout
-        self._feeder = Feeder(name, open_producer, faults, cluster, self._settle, delivery_timeout=timeout)
-        self._feeder.lazy = lazy
+        self._make_feeder = partial(
+            Feeder, name, open_producer, faults, cluster, self._settle, delivery_timeout=timeout, lazy=lazy
+        )
+        self._feeder = self._make_feeder(on_end=self._feeder_ended)
         self._inbox = self._feeder.inbox
+        self._watchdog = Watchdog(f"producer {name}", self._replace_feeder)
 
     def offer(self, record: Record) -> None:
         """Take `record`, behind all records before it. Never blocks, never refuses: the caller looks at `full`."""
@@ -118,16 +125,24 @@ class ProducerBridge:
         self._token = trio.lowlevel.current_trio_token()
         task_status.started()
         try:
-            await trio.to_thread.run_sync(self._thread, abandon_on_cancel=True, limiter=trio.CapacityLimiter(1))
+            await self._watchdog.run(self._feeder)
         finally:
             self._feeder.abort()
 
-    def _thread(self) -> None:
-        try:
-            self._feeder.run()
-        finally:
+    def _feeder_ended(self, feeder: Feeder) -> None:
+        """Note the end of a thread (that thread)."""
+        if feeder is self._feeder:
             self._closed = True
             self._soon(self._ended.set)
+
+    async def _replace_feeder(self, feeder: Feeder) -> Feeder:
+        """Let another thread have what a hanging one has; what that one was sending may be there twice then."""
+        feeder.depose()
+        await trio.sleep(DEPOSE_WAIT)
+        successor = self._make_feeder(on_end=self._feeder_ended)
+        successor.succeed(feeder)
+        self._feeder, self._inbox = successor, successor.inbox
+        return successor
 
     async def stop(self) -> None:
         """Send what was offered, close. Bounded by the caller's cancel scope: cancelled, the producer is closed by
@@ -144,10 +159,13 @@ class ProducerBridge:
             self._feeder.abort()
             with trio.CancelScope(shield=True), trio.move_on_after(CLOSE_GRACE):
                 await self._ended.wait()
-            while self._outcomes:
-                self._drain()
             if not self._ended.is_set():
                 log.warning("Kafka producer %s does not end; its thread is left behind", self.name)
+                self._feeder.depose()
+                for record in self._feeder.remains():
+                    self._settle(record, GatewayError("closed before Kafka confirmed the record", retriable=True))
+            while self._outcomes:
+                self._drain()
 
     def counters(self) -> dict[str, int]:
         """Return what happened since the start."""
@@ -157,6 +175,8 @@ class ProducerBridge:
             "records_failed": self._failed,
             "records_resent": self._feeder.resent,
             "rebuilds": self._feeder.rebuilds,
+            "threads_left": self._feeder.left_behind + self._watchdog.left_behind,
+            "threads_hung": self._watchdog.hangs,
         }
 
     def _settle(self, record: Record, error: Exception | None) -> None:
@@ -263,6 +283,7 @@ class ConsumerBridge:
         self._poller = Poller(name, open_consumer, cluster, assignments, self._hand_over)
         self._poller.on_positions_known = partial(self._reached, self.positions_known, on_positions_known)
         self._poller.on_caught_up = partial(self._reached, self.caught_up, on_caught_up)
+        self._watchdog = Watchdog(f"consumer {name}", self._replace_poller)
 
     @staticmethod
     def _reached(event: trio.Event, hook: Callable[[], None]) -> None:
@@ -278,14 +299,18 @@ class ConsumerBridge:
         self._token = trio.lowlevel.current_trio_token()
         try:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._own_thread)
+                nursery.start_soon(self._watchdog.run, self._poller)
                 task_status.started()
                 await self._deliver()
         finally:
             self._poller.abort()
 
-    async def _own_thread(self) -> None:
-        await trio.to_thread.run_sync(self._poller.run, abandon_on_cancel=True, limiter=trio.CapacityLimiter(1))
+    async def _replace_poller(self, poller: Poller) -> Poller:
+        """Let another thread read on where a hanging one is; a list that it was handing over may come twice."""
+        poller.abort()
+        await trio.sleep(DEPOSE_WAIT)
+        self._poller = poller.successor()
+        return self._poller
 
     async def _deliver(self) -> None:
         while True:
@@ -303,16 +328,16 @@ class ConsumerBridge:
             if not self._items:  # what came before the new event was made woke nobody
                 await self._arrived.wait()
 
-    def _hand_over(self, item: Any) -> bool:
+    def _hand_over(self, poller: Poller, item: Any) -> bool:
         """Queue `item` for the Trio thread; wait a moment for room (poller's thread)."""
-        if not self._slots.acquire(timeout=0.2):
+        if poller is not self._poller or not self._slots.acquire(timeout=0.2):
             return False
         self._items.append(item)
         if self._token is not None:
             try:
                 self._token.run_sync_soon(self._wake, idempotent=True)
             except trio.RunFinishedError:
-                self._poller.abort()
+                poller.abort()
         return True
 
     def _wake(self) -> None:
@@ -324,4 +349,8 @@ class ConsumerBridge:
 
     def counters(self) -> dict[str, int]:
         """Return what happened since the start."""
-        return {"records_received": self._poller.received, "rebuilds": self._poller.rebuilds}
+        return {
+            "records_received": self._poller.received,
+            "rebuilds": self._poller.rebuilds,
+            **self._watchdog.counters(),
+        }

@@ -19,6 +19,7 @@ from gateways.kafka.generation import Faults, Generation, ProducerLike
 from gateways.kafka.parking import Parking
 from gateways.kafka.partitions import partition_for
 from gateways.kafka.records import Reason, Record, RecordRefusedError
+from gateways.kafka.watchdog import WAITING
 from mqtt_trio.errors import GatewayError
 
 log = logging.getLogger("gateways.kafka")
@@ -65,18 +66,23 @@ class Feeder:
         settle: Callable[[Record, Exception | None], None],
         *,
         delivery_timeout: float = 60.0,
+        lazy: bool = False,
+        on_end: Callable[[Feeder], None] = lambda feeder: None,
     ) -> None:
         """`settle` takes the outcomes; it is called in this thread and in the producer's. `delivery_timeout`: seconds
-        that a record may stay unconfirmed, or without a topic to go to."""
+        that a record may stay unconfirmed, or without a topic to go to; `lazy`: no producer is made before there is
+        something to send; `on_end` is the last thing that the thread does."""
         self.name = name
         self.inbox: deque[Record] = deque()
         self.idle = False
         self.resent = 0
         self.rebuilds = 0
+        self.beat = time.monotonic()
+        self.doing = "starting"
         self.left_behind = 0
         """Threads of producers that did not end."""
-        self.lazy = False
-        """No producer is made before there is something to send."""
+        self._lazy = lazy
+        self._on_end = on_end
         self._open_producer = open_producer
         self._faults = faults
         self._cluster = cluster
@@ -86,7 +92,9 @@ class Feeder:
         self._parked = Parking(cluster, delivery_timeout)
         self._wake = threading.Event()
         self._halt = threading.Event()
+        self._generation: Generation | None = None
         self._finishing = False
+        self._deposed = False
         self._away = False
         self._backoff = FIRST_BACKOFF
         self._next_look = 0.0
@@ -107,34 +115,69 @@ class Feeder:
         self._halt.set()
         self._wake.set()
 
+    def depose(self) -> None:
+        """The thread hangs: should it return, it touches nothing any more. Then, a moment later, see `remains`."""
+        self._deposed = True
+        self._halt.set()
+        if (generation := self._generation) is not None:
+            generation.over = True
+            generation.broken = RuntimeError("its feeder hangs")
+        self._wake.set()
+
+    def remains(self) -> list[Record]:
+        """Return everything without an outcome, in order, from a thread that was deposed."""
+        in_flight = self._generation.unsettled() if self._generation is not None else []
+        return [*in_flight, *self._parked.all(), *self._again, *self.inbox]
+
+    def succeed(self, other: Feeder) -> None:
+        """Take over from a feeder that was deposed."""
+        self._finishing = other._finishing
+        self.resent, self.rebuilds, self.left_behind = other.resent, other.rebuilds + 1, other.left_behind
+        self._again.extend(other.remains())
+
+    def break_off(self) -> None:
+        """Let what the hanging thread was doing come to an end, if that is possible. Blocks: in a thread of its own."""
+        if (generation := self._generation) is not None:
+            generation.producer.break_off()
+
     # The thread
+
+    def _alive(self, doing: str) -> None:
+        self.doing = doing
+        self.beat = time.monotonic()
 
     def run(self) -> None:
         """Serve until told to end."""
         self._cluster.listen(self.wake_up)
         try:
             while not self._halt.is_set():
-                generation = self._open()
+                self._generation = generation = self._open()
                 if generation is None or self._guarded_serve(generation):
                     break
+                self._generation = None
+                self._alive("waiting to connect")
                 self._halt.wait(self._backoff)
                 self._backoff = min(self._backoff * 2, LONGEST_BACKOFF)
         finally:
             self._cluster.unlisten(self.wake_up)
-            self.fail_rest()
+            if not self._deposed:
+                self.fail_rest()
+                self._on_end(self)
 
     def _open(self) -> Generation | None:
         """Make a producer, however long it takes; None when told to end before."""
         while not self._halt.is_set():
             if self._finishing and not self._has_work():
                 return None
-            if self.lazy and not self._has_work():
+            if self._lazy and not self._has_work():
                 self._wait_for_work()
                 continue
+            self._alive("connecting")
             try:
                 return Generation(self._open_producer(), self._faults, self._settle, self.wake_up)
             except Exception as exc:
                 self._report_away(exc)
+            self._alive("waiting to connect")
             self._halt.wait(self._backoff)
             self._backoff = min(self._backoff * 2, LONGEST_BACKOFF)
         return None
@@ -154,6 +197,7 @@ class Feeder:
         while True:
             if self._halt.is_set():
                 return True
+            self._alive("sending")
             self._look_after(generation)
             if generation.broken is not None:
                 self._report_broken(generation)
@@ -178,7 +222,9 @@ class Feeder:
         self._wake.clear()
         self.idle = True
         if not self.inbox and not self._finishing and not self._halt.is_set():
+            self.beat = WAITING
             self._wake.wait()
+        self._alive("starting")
         self.idle = False
 
     def _has_work(self) -> bool:
@@ -207,7 +253,7 @@ class Feeder:
             self._parked.add(record)
             return
         limit = facts.max_message_bytes
-        if record.size > limit and generation.producer.too_large(record, limit):
+        if record.size > limit and self._is_too_large(generation, record, limit):
             text = f"the record has {record.size} bytes, topic {topic} takes batches of {limit}"
             generation.finish(record, RecordRefusedError(text, Reason.TOO_LARGE))
             return
@@ -223,6 +269,10 @@ class Feeder:
             generation.producer.send(record, record.partition % facts.partitions, generation.confirm, generation.fail)
         except Exception as exc:
             self._not_sent(generation, record, exc)
+
+    def _is_too_large(self, generation: Generation, record: Record, limit: int) -> bool:
+        self._alive("compressing a large record")
+        return generation.producer.too_large(record, limit)
 
     def _not_sent(self, generation: Generation, record: Record, exc: Exception) -> None:
         """Decide about a record that the producer did not even take."""
@@ -285,9 +335,12 @@ class Feeder:
 
     def _take_back(self, generation: Generation) -> None:
         """Close the producer; what has no outcome goes before everything else, in order."""
+        self._alive("closing its producer")
         if not generation.producer.close(ABORT_WAIT if self._halt.is_set() else CLOSE_WAIT):
             self.left_behind += 1
             log.error("the thread of Kafka producer %s does not end and is left behind", self.name)
+        if self._deposed:  # its successor has them
+            return
         generation.over = True
         unsettled = generation.unsettled()
         # Per topic, parked records are younger than those in flight and older than those still to be sent again.

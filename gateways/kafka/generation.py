@@ -92,6 +92,8 @@ class Generation:
 
     def finish(self, record: Record, error: Exception | None) -> None:
         """Give the record its outcome."""
+        if self.over:
+            return
         record.settled = True
         self._settle(record, error)
 

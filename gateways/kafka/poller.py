@@ -72,9 +72,11 @@ class Poller:
         open_consumer: Callable[[], ConsumerLike],
         cluster: Cluster,
         assignments: Sequence[Assignment],
-        hand_over: Callable[[Item], bool],
+        hand_over: Callable[[Poller, Item], bool],
     ) -> None:
         """`hand_over` waits a moment for room and returns whether there was some."""
+        self.beat = time.monotonic()
+        self.doing = "starting"
         self.name = name
         self.lag: dict[Partition, int] = {}
         self.received = 0
@@ -85,6 +87,7 @@ class Poller:
         self._cluster = cluster
         self._assignments = dict(assignments)
         self._hand_over = hand_over
+        self._consumer: ConsumerLike | None = None
         self._next: dict[Partition, int] = {}
         self._targets: dict[Partition, int] | None = None
         """Where the partitions that are read from the beginning ended at the start; those not reached yet."""
@@ -98,12 +101,31 @@ class Poller:
         """End soon. Any thread."""
         self._halt.set()
 
+    def successor(self) -> Poller:
+        """Return a poller that goes on where this one is, which hangs and was told to end."""
+        other = Poller(self.name, self._open_consumer, self._cluster, tuple(self._assignments.items()), self._hand_over)
+        other.lag, other.received, other.rebuilds = self.lag, self.received, self.rebuilds + 1
+        other.on_positions_known, other.on_caught_up = self.on_positions_known, self.on_caught_up
+        other._next = dict(self._next)
+        other._targets = None if self._targets is None else dict(self._targets)
+        return other
+
+    def break_off(self) -> None:
+        """Let the call end in which the thread hangs, if that is possible. Blocks: in a thread of its own."""
+        if self._consumer is not None:
+            self._consumer.close()  # kafka-python's endless loop over a batch that it cannot read ends with that
+
+    def _alive(self, doing: str) -> None:
+        self.doing = doing
+        self.beat = time.monotonic()
+
     def run(self) -> None:
         """Serve until told to end."""
         while not self._halt.is_set():
             consumer: ConsumerLike | None = None
+            self._alive("connecting")
             try:
-                consumer = self._open_consumer()
+                self._consumer = consumer = self._open_consumer()
                 self._read(consumer)
             except Ended:
                 return
@@ -112,8 +134,11 @@ class Poller:
             except Exception as exc:
                 self._report(exc, opened=consumer is not None)
             finally:
+                self._alive("closing its consumer")
+                self._consumer = None
                 if consumer is not None:
                     consumer.close()
+            self._alive("waiting to connect")
             self._halt.wait(self._backoff)
             self._backoff = min(self._backoff * 2, LONGEST_BACKOFF)
 
@@ -135,6 +160,7 @@ class Poller:
             self._know_positions(consumer)
         self._progress_at = time.monotonic()
         while True:
+            self._alive("waiting for records")
             records = consumer.poll(POLL_TIMEOUT)
             if self._halt.is_set():
                 raise Ended
@@ -153,6 +179,7 @@ class Poller:
         """Assign all partitions, each at its next offset."""
         new: dict[Partition, From] = {}
         for topic, start in self._assignments.items():
+            self._alive("looking for partitions")
             partitions = consumer.partitions(topic)
             if not partitions:
                 self._cluster.want(topic)
@@ -161,6 +188,7 @@ class Poller:
             for number in partitions:
                 if (topic, number) not in self._next:
                     new[topic, number] = "beginning" if grown else start
+        self._alive("asking for positions")
         if at_end := [p for p, start in new.items() if start == "end"]:
             self._next.update(consumer.end_offsets(at_end))
         if at_beginning := [p for p, start in new.items() if start == "beginning"]:
@@ -169,6 +197,7 @@ class Poller:
 
     def _know_positions(self, consumer: ConsumerLike) -> None:
         """Once: tell that nothing will be missed from now on, and how far there is to read."""
+        self._alive("asking for positions")
         history = [p for p in self._next if self._assignments[p[0]] == "beginning"]
         ends = consumer.end_offsets(history) if history else {}
         self._targets = {p: end for p, end in ends.items() if end > self._next[p]}
@@ -185,6 +214,7 @@ class Poller:
             self._give(self.on_caught_up)
 
     def _reached(self, consumer: ConsumerLike, partition: Partition, end: int) -> bool:
+        self._alive("asking for its position")
         # A compacted log may end in markers that are no records: then only the consumer knows that it passed them.
         return self._next[partition] >= end or consumer.position(partition) >= end
 
@@ -208,7 +238,8 @@ class Poller:
             self._next[record.topic, record.partition] = record.offset + 1
 
     def _give(self, item: Item) -> None:
-        while not self._hand_over(item):
+        while not self._hand_over(self, item):
+            self._alive("handing over")
             if self._halt.is_set():
                 raise Ended
         self._progress_at = time.monotonic()

@@ -69,6 +69,8 @@ class FakeKafka:
         self.deleted: set[str] = set()
         self.denied: set[str] = set()
         self.sent = 0
+        self.hold_up: threading.Event | None = None
+        """Sending the record `hang` does not return before this is set."""
         self.on_open: Callable[[], None] = lambda: None
 
     def open(self) -> FakeProducer:
@@ -97,6 +99,10 @@ class FakeProducer:
     ) -> None:
         with self.lock:
             if self.broken:
+                raise RuntimeError("closed")
+            if record.value == b"hang" and self.kafka.hold_up is not None:
+                hold_up, self.kafka.hold_up = self.kafka.hold_up, None
+                hold_up.wait()
                 raise RuntimeError("closed")
             if record.value == b"unfit":
                 raise ValueError("no such header")

@@ -25,6 +25,7 @@ async def test_outcomes_come_in_order_and_counters_fit() -> None:
         assert setup.bridge.outstanding_records == setup.bridge.outstanding_bytes == 0
         assert setup.bridge.counters() == {
             "records_sent": 1005, "messages_sent": 1005, "records_failed": 0, "records_resent": 0, "rebuilds": 0,
+            "threads_left": 0, "threads_hung": 0,
         }  # fmt: skip
 
 

@@ -18,6 +18,13 @@ from gateways.kafka.records import ConsumedRecord
 from tests.gateway_support import LIMIT, told
 
 
+class Hang(Exception):
+    """A poll that does not return before the consumer is closed by another thread."""
+
+    def __init__(self) -> None:
+        self.released = threading.Event()
+
+
 class FakeConsumer:
     """Reads a log in memory: `kafka[partition]` are values, offsets their indexes."""
 
@@ -27,6 +34,7 @@ class FakeConsumer:
         self.at: dict[tuple[str, int], int] = {}
         self.connected = True
         self.closed = threading.Event()
+        self.stuck: threading.Event | None = None
 
     def partitions(self, topic: str) -> list[int]:
         return sorted(number for name, number in self.kafka if name == topic)
@@ -42,7 +50,11 @@ class FakeConsumer:
 
     def poll(self, timeout: float) -> list[ConsumedRecord]:
         if self.faults:
-            raise self.faults.pop()
+            fault = self.faults.pop()
+            if isinstance(fault, Hang):
+                self.stuck = fault.released
+                fault.released.wait()  # as kafka-python's endless loop: no time-out ends it
+            raise fault
         found = []
         for partition, offset in self.at.items():
             values = self.kafka[partition][offset:]
@@ -60,6 +72,8 @@ class FakeConsumer:
 
     def close(self) -> None:
         self.closed.set()
+        if self.stuck is not None:
+            self.stuck.set()
 
 
 @attrs.define
@@ -123,8 +137,33 @@ async def test_a_failing_consumer_is_replaced_and_goes_on_where_it_was(caplog: p
         nursery.cancel_scope.cancel()
     assert reading.values() == reading.kafka["live", 0]
     assert [record.offset for records in reading.lists for record in records] == list(range(30))
-    assert bridge.counters() == {"records_received": 30, "rebuilds": 3}
+    assert bridge.counters() == {"records_received": 30, "rebuilds": 3, "threads_hung": 0, "threads_left": 0}
     assert caplog.messages.count("Kafka consumer bus is replaced: RuntimeError: lost") == 3
+
+
+async def test_a_thread_that_hangs_is_replaced_and_nothing_is_lost(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("gateways.kafka.watchdog.LOOK_INTERVAL", 0.05)
+    monkeypatch.setattr("gateways.kafka.watchdog.SILENCE", 0.5)
+    reading = Reading({("live", 0): []})
+    bridge = reading.bridge(("live", "end"))
+    async with trio.open_nursery() as nursery:
+        await nursery.start(bridge.run)
+        with trio.fail_after(LIMIT):
+            await bridge.positions_known.wait()
+        reading.kafka["live", 0] += [b"1", b"2"]
+        await reading.until(2)
+        hang = Hang()
+        reading.faults.append(hang)
+        reading.kafka["live", 0] += [b"3", b"4"]
+        await reading.until(4)
+        with trio.fail_after(LIMIT):  # the call that hung was brought to its end
+            await trio.to_thread.run_sync(hang.released.wait)
+        nursery.cancel_scope.cancel()
+    assert reading.values() == [b"1", b"2", b"3", b"4"]
+    assert bridge.counters()["threads_hung"] == 1
+    assert "Kafka consumer bus hangs while waiting for records" in caplog.text
 
 
 async def test_lists_are_bounded() -> None:
@@ -149,7 +188,7 @@ def test_a_slow_reader_holds_the_poller_up() -> None:
     room, refused, done = threading.Semaphore(3), threading.Event(), threading.Event()
     items: list[Any] = []
 
-    def hand_over(item: Any) -> bool:
+    def hand_over(_poller: Poller, item: Any) -> bool:
         if not room.acquire(blocking=False):
             refused.set()
             return False
@@ -178,8 +217,8 @@ async def test_while_there_is_no_room_records_stay_in_kafka(monkeypatch: pytest.
     reading, room, asked = Reading({("kept", 0): values}), trio.Event(), 0
     refused, hand_over = threading.Event(), ConsumerBridge._hand_over
 
-    def watched(self: ConsumerBridge, item: Any) -> bool:
-        taken = hand_over(self, item)
+    def watched(self: ConsumerBridge, poller: Poller, item: Any) -> bool:
+        taken = hand_over(self, poller, item)
         if not taken:
             refused.set()
         return taken

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import trio
 import trio.testing
@@ -178,3 +180,81 @@ async def test_troubles_are_told_once_and_end_with_facts() -> None:
         assert cluster.trouble("x") is None
         cluster.want("x")  # known already: nobody has to look
         assert "x" not in cluster.wanted
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gateways.kafka.watchdog.LOOK_INTERVAL", 0.05)
+    monkeypatch.setattr("gateways.kafka.watchdog.SILENCE", 0.5)
+    monkeypatch.setattr(feeder, "IDLE_WAIT", 0.05)
+
+
+async def test_a_thread_that_hangs_is_replaced_in_order(impatient: None, caplog: pytest.LogCaptureFixture) -> None:
+    kafka = FakeKafka(batch=3)
+    async with producing(kafka) as setup:
+        kafka.hold_up = hold_up = threading.Event()
+        setup.offer(b"new", topic="parked")
+        values = [b"%d" % number for number in range(7)] + [b"hang"] + [b"%d" % number for number in range(8, 20)]
+        for value in values:
+            setup.offer(value)
+        await setup.until(20)
+        setup.cluster.know("parked", TopicFacts(partitions=1))
+        await setup.until(21)
+        assert set(setup.outcomes.values()) == {None}
+        sent = [record.value for record in kafka.log if record.topic == "t"]
+        assert list(dict.fromkeys(sent)) == values  # what was in flight may be there twice
+        counters = setup.bridge.counters()
+        assert (counters["threads_hung"], counters["threads_left"]) == (1, 1)
+        hold_up.set()  # it returns after all, and touches nothing
+        with trio.fail_after(LIMIT):
+            while setup.bridge.counters()["threads_left"]:  # noqa: ASYNC110  what is waited for has no event
+                await trio.sleep(0.01)
+        setup.offer(b"21")
+        await setup.until(22)
+        assert len(kafka.log) == len(sent) + 2
+    assert "Kafka producer test hangs while sending" in caplog.text
+    assert "has ended after all" in caplog.text
+
+
+async def test_threads_that_are_left_behind_are_bounded(
+    impatient: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("gateways.kafka.watchdog.MOST_LEFT", 2)
+    hold_up, kafka = threading.Event(), FakeKafka()
+    stuck: list[int] = []
+
+    def never() -> None:
+        stuck.append(threading.get_ident())
+        hold_up.wait()
+
+    kafka.on_open = never  # as a resolver that does not answer
+    async with producing(kafka) as setup:
+        setup.offer(b"1")
+        with trio.fail_after(LIMIT):
+            while "it is not replaced" not in caplog.text:  # noqa: ASYNC110  what is waited for has no event
+                await trio.sleep(0.01)
+        assert len(set(stuck)) == 3
+        assert setup.bridge.counters()["threads_left"] == 2
+        hold_up.set()
+        await setup.until(1)
+        assert [record.value for record in kafka.log] == [b"1"]
+        with trio.fail_after(LIMIT):
+            await setup.bridge.stop()
+
+
+async def test_a_thread_that_hangs_at_the_end_costs_no_outcome(
+    impatient: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateways.kafka.watchdog.SILENCE", LIMIT)
+    monkeypatch.setattr("gateways.kafka.bridge.CLOSE_GRACE", 0.1)
+    kafka = FakeKafka()
+    async with producing(kafka) as setup:
+        kafka.hold_up = hold_up = threading.Event()
+        for value in (b"1", b"hang", b"2"):
+            setup.offer(value)
+        await setup.until(1)
+        with trio.fail_after(LIMIT), trio.move_on_after(0.1):
+            await setup.bridge.stop()
+        failed = {value for value, error in setup.outcomes.items() if error is not None}
+        assert failed == {b"hang", b"2"}
+        hold_up.set()
