@@ -26,9 +26,6 @@ _OUTAGE: Final = (
 _OPEN: Final = "it would promise a protection that does not exist; leave the key out"
 
 REFUSED: Final = (
-    Refusal("Kafka.Security.Protocol", ("PLAINTEXT",), f"only PLAINTEXT is built yet: {_OPEN}"),
-    Refusal("Kafka.Security", (), f"SASL is not built yet: {_OPEN}"),
-    Refusal("Kafka.SSL", (), f"TLS to Kafka is not built yet: {_OPEN}"),
     Refusal("ArchiveGroups[].Ack", ("none",), 'only "none" is built yet: PUBACK means that this node has the message'),
     Refusal("ArchiveGroups[].OnOutage", (), f"outage policies are not built yet: {_OUTAGE}"),
     Refusal("Kafka.Bus.Ack", ("none",), 'only "none" is built yet: PUBACK means that this node has the message'),

@@ -56,6 +56,8 @@ def test_the_shipped_file_with_every_line_uncommented(tmp_path: Path) -> None:
             bus=KafkaOptions().bus,
             topics=KafkaOptions().topics,
             metrics=KafkaOptions().metrics,
+            security=KafkaOptions().security,
+            ssl=KafkaOptions().ssl,
             producer={},
             consumer={},
         )
@@ -80,10 +82,8 @@ def test_lines_that_are_not_built_yet_load_or_say_so(tmp_path: Path) -> None:
         except ConfigError as exc:
             if any("yet" in problem for problem in exc.problems):
                 refused.add(name)
-    assert accepted == {"[[ArchiveGroups]] Ack", "[Kafka.Bus] Ack", "[Kafka.Security] Protocol"}
+    assert accepted == {"[[ArchiveGroups]] Ack", "[Kafka.Bus] Ack"}
     assert refused == {
         "[[ArchiveGroups]] OnOutage",
         "[Kafka.Bus] OnOutage",
-        "[Kafka.Security] SaslMechanism",
-        "[Kafka.SSL] TruststoreLocation",
     }

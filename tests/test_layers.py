@@ -52,7 +52,13 @@ IMPURE = {
 
 ONLY_IN = {
     "kafka": {"gateways/kafka/admin.py", "gateways/kafka/security.py", "gateways/kafka/workers.py"},
-    "ssl": {"mqtt_trio/server/tls.py", "mqtt_trio/commands/endpoint.py", "gateways/kafka/security.py"},
+    "ssl": {
+        "mqtt_trio/server/tls.py",
+        "mqtt_trio/commands/endpoint.py",
+        "gateways/kafka/oauth.py",
+        "gateways/kafka/precheck_steps.py",
+        "gateways/kafka/security.py",
+    },
     "sqlite3": {
         "mqtt_trio/archive/sqlite.py",
         "mqtt_trio/archive/sqlite_file.py",

@@ -20,7 +20,8 @@ def build(options: object) -> KafkaGateway:
     """Make the gateway of section [Kafka]; None: all defaults.
 
     Raises:
-      ConfigError: an option means nothing to kafka-python, or kafka-python is not installed.
+      ConfigError: an option means nothing to kafka-python, a store or key cannot be used, or kafka-python is not
+        installed.
     """
     if options is None:
         options = KafkaOptions()
@@ -36,14 +37,17 @@ def check(options: KafkaOptions) -> None:
     """Compare the options with what kafka-python can do.
 
     Raises:
-      ConfigError: an option means nothing to kafka-python, or kafka-python is not installed.
+      ConfigError: an option means nothing to kafka-python, a store or key cannot be used, or kafka-python is not
+        installed.
     """
     try:
         from gateways.kafka import workers
+        from gateways.kafka.security import security_of
     except ImportError as exc:
         text = f"Kafka: {exc.name} is not installed; install mqtt-trio with its extra: pip install 'mqtt-trio[kafka]'"
         raise ConfigError([text]) from None
     workers.check_client_options(options)
+    security_of(options).check()
 
 
 def command(name: str) -> GatewayCommand:

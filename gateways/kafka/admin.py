@@ -19,8 +19,9 @@ from kafka.structs import OffsetAndMetadata
 
 from gateways.kafka.groups import GroupState
 from gateways.kafka.options import KafkaOptions
+from gateways.kafka.precheck import probe
 from gateways.kafka.topic_plan import DENIED, TopicState
-from gateways.kafka.workers import common_config, leak_safe, normal_keys, probe, quiet_loggers
+from gateways.kafka.workers import common_config, leak_safe, normal_keys, quiet_loggers
 from mqtt_trio.errors import GatewayError
 
 ADMIN_TIMEOUT_MS: Final = 10_000
@@ -47,18 +48,22 @@ T = TypeVar("T")
 
 @contextmanager
 def administration(options: KafkaOptions) -> Iterator[Admin]:
-    """Connect for one command, and say in words what goes wrong. Blocks for three seconds and one a server at most.
+    """Connect for one command, and say in words what goes wrong. Blocks for five seconds at most.
 
     Raises:
       GatewayError: Kafka is not there, or refuses what the body asks of it.
     """
     quiet_loggers()
     servers = ", ".join(options.server_names)
+    reason = probe(options)(options.server_names)
+    admin = None
     try:
-        admin = Admin(options)
+        if reason is None:
+            admin = Admin(options)
     except kafka_errors.KafkaError as exc:
-        reason = probe(options.server_names) or words_of(exc)
-        raise GatewayError(f"Kafka at {servers} cannot be asked: {reason}", retriable=True) from None
+        reason = words_of(exc)
+    if admin is None:
+        raise GatewayError(f"Kafka at {servers} cannot be asked: {reason}", retriable=True)
     try:
         yield admin
     except kafka_errors.KafkaError as exc:

@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import attrs
 
@@ -14,6 +15,9 @@ from gateways.kafka.records import Reason
 log = logging.getLogger("gateways.kafka")
 
 DEFAULT_MAX_MESSAGE_BYTES = 1_048_588
+Probe: TypeAlias = Callable[[Sequence[str]], str | None]
+MOST_REASONS = 8
+"""Different reasons that are logged of one outage."""
 
 
 @attrs.frozen(kw_only=True)
@@ -41,28 +45,35 @@ class Trouble:
 class Cluster:
     """Shared by the threads of one gateway; everything may be called from any thread.
 
-    It says once that Kafka went away and once that it is back: each part of the gateway reports by its own name, and
-    Kafka counts as away while any of them says so.
+    It says once that Kafka went away and once that it is back, and in between each other reason that it is away for:
+    each part of the gateway reports by its own name, and Kafka counts as away while any of them says so.
 
     Attributes:
       outages: how often Kafka went away.
     """
 
-    def __init__(self, servers: Sequence[str], probe: Callable[[Sequence[str]], str | None] | None = None) -> None:
-        """`servers` stand in the messages; `probe` tells why none of them takes a connection, None if one does."""
+    def __init__(self, servers: Sequence[str], probe: Probe | None = None, glance: Probe | None = None) -> None:
+        """`servers` stand in the messages; `probe` tells why none of them lets us in, None if one does; `glance` does
+        the same without a login."""
         self.servers = list(servers)
         self.outages = 0
         self._probe = probe
+        self._glance = glance or probe
         self._lock = threading.Lock()
         self._away: dict[str, str] = {}
+        self._said: set[str] = set()
         self._topics: dict[str, TopicFacts] = {}
         self._wanted: set[str] = set()
         self._troubles: dict[str, Trouble] = {}
         self._listeners: list[Callable[[], None]] = []
 
     def probe(self) -> str | None:
-        """Return why no server takes a connection, None when one does. Blocks: not on the Trio thread."""
+        """Return why no server lets us in, None when one does. Blocks for two seconds: not on the Trio thread."""
         return self._probe(self.servers) if self._probe is not None else None
+
+    def glance(self) -> str | None:
+        """Do what `probe` does as often as one likes: without a login."""
+        return self._glance(self.servers) if self._glance is not None else None
 
     @property
     def is_away(self) -> bool:
@@ -76,14 +87,19 @@ class Cluster:
             return next(iter(self._away.values()), None)
 
     def away(self, part: str, reason: str) -> None:
-        """`part` cannot work with Kafka. Repeated calls log nothing."""
+        """`part` cannot work with Kafka. Repeated calls log nothing but another reason than before: that may be the one
+        that somebody can mend."""
         with self._lock:
-            first = not self._away
-            self._away.setdefault(part, reason)
+            first, again = not self._away, part in self._away
+            self._away[part] = reason
             self.outages += first
+            news = first or (again and reason not in self._said and len(self._said) < MOST_REASONS)
+            self._said = {reason} if first else {*self._said, reason} if news else self._said
+        servers = ", ".join(self.servers)
         if first:
-            servers = ", ".join(self.servers)
             log.warning("Kafka at %s is away for %s: %s. MQTT goes on; trying until it is back", servers, part, reason)
+        elif news:
+            log.warning("Kafka at %s is still away for %s: %s", servers, part, reason)
         self._tell()
 
     def back(self, part: str) -> None:

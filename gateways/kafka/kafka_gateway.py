@@ -20,6 +20,7 @@ from gateways.kafka.mapping import JsonMapper, TimestampFormat
 from gateways.kafka.meanings import MEANINGS
 from gateways.kafka.options import KafkaOptions
 from gateways.kafka.poller import Assignment
+from gateways.kafka.precheck import probe
 from gateways.kafka.presence import watch_presence
 from gateways.kafka.records import ConsumedRecord
 from gateways.kafka.topic_plan import DEFAULTS, plan_topics
@@ -43,7 +44,7 @@ class KafkaGateway:
 
     def __init__(self, options: KafkaOptions) -> None:
         self.options = options
-        self.cluster = Cluster(options.server_names, workers.probe)
+        self.cluster = Cluster(options.server_names, probe(options), probe(options, log_in=False))
         self._dlq = self._make_dlq()
         topic = options.topics.dlq.name or DEFAULTS["dlq"].name
         contents = options.dlq.payloads

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import urllib.parse
+from typing import Any, Final
 
 import attrs
 from attrs.validators import ge, gt, in_, le, matches_re, optional
@@ -52,6 +53,20 @@ class BusOptions:
     """Bytes that the bus may hold before Kafka has confirmed them. Outcome as above."""
 
 
+def check_endpoint(_instance: object, _attribute: attrs.Attribute[Any], value: str | None) -> None:
+    """Validate the URL of a token endpoint."""
+    if value is None:
+        return
+    parts = urllib.parse.urlsplit(value)
+    if parts.scheme not in ("https", "http") or not parts.hostname:
+        raise ValueError("expected an https:// URL")
+    if parts.username is not None or parts.password is not None:
+        raise ValueError("the URL holds credentials; they belong into SaslOauthClientId and SaslOauthClientSecret")
+
+
+SECRET: Final = {"secret": True}
+
+
 @attrs.frozen(kw_only=True)
 class DlqOptions:
     """[Kafka.Dlq]: dead letters. `[Kafka.Topics.Dlq] Enabled = false` turns them off."""
@@ -66,7 +81,7 @@ class DlqOptions:
 
 @attrs.frozen(kw_only=True)
 class SecurityOptions:
-    """[Kafka.Security]"""
+    """[Kafka.Security]: how the clients log in. `gateways.kafka.security` checks what needs several keys at once."""
 
     protocol: str = attrs.field(default="PLAINTEXT", validator=in_(("PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL")))
     sasl_mechanism: str | None = attrs.field(
@@ -74,18 +89,35 @@ class SecurityOptions:
         validator=optional(in_(("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "OAUTHBEARER", "GSSAPI"))),
     )
     sasl_username: str | None = None
-    sasl_password: str | None = attrs.field(default=None, repr=False, metadata={"secret": True})
+    sasl_password: str | None = attrs.field(default=None, repr=False, metadata=SECRET)
+    sasl_oauth_token: str | None = attrs.field(default=None, repr=False, metadata=SECRET)
+    """OAUTHBEARER: a token that never changes."""
+    sasl_oauth_token_file: str | None = None
+    """OAUTHBEARER: a file with a token that somebody renews; it is read at each login."""
+    sasl_oauth_token_endpoint_url: str | None = attrs.field(default=None, validator=check_endpoint)
+    """OAUTHBEARER: where tokens are asked for with the client's own credentials (OAuth 2.0 client credentials)."""
+    sasl_oauth_client_id: str | None = None
+    sasl_oauth_client_secret: str | None = attrs.field(default=None, repr=False, metadata=SECRET)
+    sasl_oauth_scope: str | None = None
+    sasl_kerberos_service_name: str = "kafka"
+    """GSSAPI: the first part of the servers' principal."""
 
 
 @attrs.frozen(kw_only=True)
 class SslOptions:
-    """[Kafka.SSL]"""
+    """[Kafka.SSL]: stores in JKS, PKCS12 or PEM; their content decides."""
 
     truststore_location: str | None = None
-    truststore_password: str | None = attrs.field(default=None, repr=False, metadata={"secret": True})
+    """Authorities that server certificates are checked against. None: those of the operating system."""
+    truststore_password: str | None = attrs.field(default=None, repr=False, metadata=SECRET)
     keystore_location: str | None = None
-    keystore_password: str | None = attrs.field(default=None, repr=False, metadata={"secret": True})
-    key_password: str | None = attrs.field(default=None, repr=False, metadata={"secret": True})
+    """Private key and certificates that the clients show to servers."""
+    keystore_password: str | None = attrs.field(default=None, repr=False, metadata=SECRET)
+    key_password: str | None = attrs.field(default=None, repr=False, metadata=SECRET)
+    """Opens the private key where that is not the password of the store."""
+    endpoint_identification_algorithm: str = attrs.field(default="https", validator=in_(("https", "")))
+    """`https`: a server's certificate must name the host that was connected to. Empty: any host will do, its authority
+    is checked nevertheless."""
 
 
 @attrs.frozen(kw_only=True)

@@ -16,13 +16,13 @@ PART: Final = "this node"
 
 
 async def watch_presence(cluster: Cluster) -> None:
-    """See every INTERVAL whether any server takes connections, until cancelled; a look that hangs is left behind."""
+    """See every INTERVAL whether any server speaks Kafka with us, until cancelled; a look that hangs is left behind."""
     limiter = trio.CapacityLimiter(1)
     while True:
-        reason = await trio.to_thread.run_sync(cluster.probe, abandon_on_cancel=True, limiter=limiter)
+        reason = await trio.to_thread.run_sync(cluster.glance, abandon_on_cancel=True, limiter=limiter)
         if reason is not None and not cluster.is_away:
             await trio.sleep(CONFIRMATION)
-            reason = await trio.to_thread.run_sync(cluster.probe, abandon_on_cancel=True, limiter=limiter)
+            reason = await trio.to_thread.run_sync(cluster.glance, abandon_on_cancel=True, limiter=limiter)
         if reason is not None:
             cluster.away(PART, reason)
         else:

@@ -21,11 +21,11 @@ from kafka.net.inet import KafkaNetSocket
 
 from gateways.kafka.options import KafkaOptions
 from gateways.kafka.records import ConsumedRecord, Reason, Record
+from gateways.kafka.security import security_of
 from mqtt_trio.errors import ConfigError
 
 BOOTSTRAP_TIMEOUT_MS: Final = 3000
 OFFSETS_TIMEOUT_MS: Final = 5000
-PROBE_TIMEOUT: Final = 1.0
 MAX_REQUEST_SIZE: Final = 8 * 1024 * 1024
 NEVER_MS: Final = 24 * 3600 * 1000
 """kafka-python shall not expire batches one by one: a later batch could overtake. `Feeder` gives up on a producer as a
@@ -51,11 +51,13 @@ RETRIABLE: Final = (kafka_errors.RetriableError, kafka_errors.KafkaTimeoutError)
 OWNED: Final = frozenset(
     {
         "bootstrap_servers", "kafka_client", "key_serializer", "value_serializer", "key_deserializer",
-        "value_deserializer", "transactional_id", "partitioner", "security_protocol", "ssl_context", "group_id",
-        "enable_auto_commit", "auto_offset_reset", "allow_auto_create_topics", "selector", "sasl_plain_password",
+        "value_deserializer", "transactional_id", "partitioner", "group_id", "enable_auto_commit", "auto_offset_reset",
+        "allow_auto_create_topics", "selector",
     }
 )  # fmt: skip
 """Client options that the gateway sets, or that would break what it promises."""
+SECURITY_OPTIONS: Final = ("security_", "ssl_", "sasl_")
+"""How options begin that belong to the whole gateway."""
 
 
 async def connect_or_close(
@@ -120,7 +122,9 @@ def check_client_options(options: KafkaOptions) -> None:
         ("Consumer", options.consumer, KafkaConsumer.DEFAULT_CONFIG),
     ):
         for name, value in normal_keys(table).items():
-            if name in OWNED:
+            if name.startswith(SECURITY_OPTIONS):
+                problems.append(f"Kafka.{section}.{name}: belongs to [Kafka.Security] and [Kafka.SSL], for all clients")
+            elif name in OWNED:
                 problems.append(f"Kafka.{section}.{name}: set by the gateway itself")
             elif name not in known:
                 problems.append(f"Kafka.{section}.{name}: kafka-python has no such option")
@@ -141,33 +145,6 @@ def unlike(value: object, default: object) -> str | None:
     if isinstance(default, str):
         return None if isinstance(value, str) else "text"
     return None
-
-
-def probe(servers: Sequence[str]) -> str | None:
-    """Return why no server of `servers` takes a TCP connection, or None when one does. Takes a second a server."""
-    reasons = []
-    for server in servers:
-        host, port = split_server(server)
-        try:
-            with socket.create_connection((host, port), PROBE_TIMEOUT):
-                return None
-        except socket.gaierror:
-            reasons.append(f"the host name {host!r} is unknown")
-        except ConnectionRefusedError:
-            reasons.append(f"{server} refuses connections")
-        except TimeoutError:
-            reasons.append(f"{server} does not answer")
-        except (OSError, UnicodeError) as exc:
-            reasons.append(f"{server}: {exc}")
-    return ", ".join(reasons)
-
-
-def split_server(server: str) -> tuple[str, int]:
-    """Return host and port of `host`, `host:port` or `[ipv6]:port`."""
-    host, colon, port = server.rpartition(":")
-    if not colon or server.endswith("]"):
-        host, port = server, "9092"
-    return host.strip("[]"), int(port)
 
 
 @contextmanager
@@ -211,7 +188,11 @@ def is_connected(client: Any) -> bool:
 
 
 def common_config(options: KafkaOptions, name: str) -> dict[str, Any]:
-    """Return what all clients share; `name` ends the client id."""
+    """Return what all clients share; `name` ends the client id.
+
+    Raises:
+      ConfigError: a store or key that the security options name cannot be used.
+    """
     return {
         "bootstrap_servers": options.server_names,
         "client_id": f"mqtt-trio-{name}",
@@ -219,6 +200,7 @@ def common_config(options: KafkaOptions, name: str) -> dict[str, Any]:
         "reconnect_backoff_max_ms": 1000,
         "metadata_max_age_ms": 30_000,
         "request_timeout_ms": 10_000,
+        **security_of(options).client_config(),
     }
 
 

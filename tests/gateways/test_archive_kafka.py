@@ -25,10 +25,11 @@ from gateways.kafka.kafka_gateway import KafkaGateway
 from gateways.kafka.mapping import JsonMapper, load_schema
 from gateways.kafka.options import KafkaOptions, TopicOptions, TopicsOptions
 from gateways.kafka.partitions import partition_for
+from gateways.kafka.precheck import probe
 from gateways.kafka.records import ConsumedRecord
 from gateways.kafka.topic_plan import TopicPlan
 from gateways.kafka.topics import TopicManager
-from gateways.kafka.workers import probe, quiet_loggers
+from gateways.kafka.workers import quiet_loggers
 from mqtt_trio.errors import ConfigError
 from mqtt_trio.gateway import Message, MessageProperties, Outcome
 from tests.gateway_support import LIMIT, told
@@ -72,7 +73,7 @@ class Harness:
 @asynccontextmanager
 async def producing(node: KafkaNode, *plans: TopicPlan, window: int = 1000) -> AsyncIterator[Harness]:
     options = KafkaOptions(servers=node.servers)
-    cluster = Cluster(options.server_names, probe)
+    cluster = Cluster(options.server_names, probe(options))
     topics = TopicManager(options, cluster, plans)
     bridge = ProducerBridge(
         options, cluster, name="archive", compression="gzip", window_records=window, window_bytes=32 << 20

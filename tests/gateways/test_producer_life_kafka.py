@@ -19,9 +19,10 @@ from gateways.kafka import feeder
 from gateways.kafka.bridge import ProducerBridge, Record
 from gateways.kafka.cluster import Cluster
 from gateways.kafka.options import KafkaOptions
+from gateways.kafka.precheck import probe
 from gateways.kafka.topic_plan import TopicPlan
 from gateways.kafka.topics import TopicManager
-from gateways.kafka.workers import probe, quiet_loggers
+from gateways.kafka.workers import quiet_loggers
 from tests.gateway_support import LIMIT
 from tests.kafka_support import KafkaNode, unique_name
 
@@ -71,7 +72,7 @@ class Life:
 @asynccontextmanager
 async def living(servers: str, *plans: TopicPlan, delivery_timeout: float = 60.0) -> AsyncIterator[Life]:
     options = KafkaOptions(servers=servers, producer={"delivery.timeout.ms": int(delivery_timeout * 1000)})
-    cluster = Cluster(options.server_names, probe)
+    cluster = Cluster(options.server_names, probe(options))
     topics = TopicManager(options, cluster, plans)
     bridge = ProducerBridge(
         options, cluster, name="life", compression="lz4", window_records=100_000, window_bytes=32 << 20

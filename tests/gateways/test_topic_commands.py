@@ -203,7 +203,8 @@ def test_wrong_usage(config: str, admin: FakeAdmin, capsys: pytest.CaptureFixtur
 def test_a_kafka_that_is_not_there_is_a_failure(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["topics", "plan", "--config", config, "--bootstrap-server", "127.0.0.1:1"]) == 1
     assert capsys.readouterr().err == (
-        "mqtt-trio: Kafka at 127.0.0.1:1 cannot be asked: 127.0.0.1:1 refuses connections\n"
+        "mqtt-trio: Kafka at 127.0.0.1:1 cannot be asked: 127.0.0.1:1 refuses connections; "
+        "is Kafka running, and is this its port?\n"
     )
 
 
