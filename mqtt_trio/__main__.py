@@ -193,6 +193,9 @@ def _run_gateway_command(arguments: argparse.Namespace, loaded: LoadedConfig) ->
     )
     try:
         return gateway_command(section, arguments.command).run(arguments, context)
+    except KeyboardInterrupt:
+        print(f"mqtt-trio: {arguments.command} was interrupted", file=sys.stderr)
+        return EXIT_FAILURE
     except BrokenPipeError:  # nobody reads the output any more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILURE

@@ -103,6 +103,17 @@ def test_check_asks_the_client_library(capsys: pytest.CaptureFixture[str]) -> No
     assert "no_such_option" in capsys.readouterr().err
 
 
+def test_an_interrupted_command_is_no_success(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gateways.kafka.topic_commands.open_admin", interrupted)
+    assert command_line.main(["topics", "plan", "--set", "Kafka.Servers=k"]) == 1
+    assert capsys.readouterr().err == "mqtt-trio: topics was interrupted\n"
+
+
 # The process
 
 
