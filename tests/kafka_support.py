@@ -123,6 +123,8 @@ class KafkaCluster:
     brokers: int = 3
     ports: dict[int, int] = attrs.field(factory=dict)
     """Node id -> port, after the first start."""
+    proxies: tuple[int, ...] = ()
+    """Ports to which a further listener of each node sends its clients."""
 
     @property
     def servers(self) -> str:
@@ -135,8 +137,12 @@ class KafkaCluster:
         Raises:
           RuntimeError: it did not start; the message holds the end of its logs.
         """
-        brokers = () if node else ("--brokers", str(self.brokers))
-        output = self._run("start", node, "--port", "0", *brokers)
+        cluster: list[str] = []
+        if node is None:
+            cluster += ["--brokers", str(self.brokers)]
+            if self.proxies:
+                cluster += ["--proxies", ",".join(map(str, self.proxies))]
+        output = self._run("start", node, "--port", "0", *cluster)
         if node is None:
             self.ports = dict(enumerate(map(int, re.findall(r"127\.0\.0\.1:(\d+)", output)), start=1))
 
@@ -161,6 +167,17 @@ class KafkaCluster:
         for node in self.ports:
             with contextlib.suppress(RuntimeError):  # not running
                 self.resume(node)
+
+    def behind_proxies(self) -> dict[int, int]:
+        """Return the port of each proxy -> the port of the listener that sends clients to it."""
+        folder = self.folder / self.name
+        files = (
+            [folder / f"node-{node}" / "node.json" for node in self.ports]
+            if self.brokers > 1
+            else [folder / "node.json"]
+        )
+        states = [json.loads(file.read_text())["proxied"] for file in files]
+        return {proxy: port for port, proxy in states}
 
     def _run(self, command: str, node: int | None, *arguments: str) -> str:
         one = () if node is None else ("--node", str(node))

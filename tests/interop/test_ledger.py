@@ -1,0 +1,75 @@
+"""scripts/ledger in short: what is promised holds over faults of Kafka, and planted faults are found out."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+ROOT: Final = Path(__file__).parent.parent.parent
+PLANTED: Final = ROOT / "tests" / "ledger" / "planted_gateway.py"
+
+pytestmark = [pytest.mark.interop, pytest.mark.kafka]
+
+
+def ledger(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "scripts" / "ledger"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=110)
+
+
+def figures(file: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
+    """Keep a short ledger; return the exit code and the figures."""
+    result = ledger("--json", str(file), "--directory", str(file.parent), *arguments)
+    assert result.returncode in (0, 1), result.stdout + result.stderr
+    table: dict[str, Any] = json.loads(file.read_text())
+    assert f"acknowledged, lost   {sum(v['kind'] == 'lost' for v in table['violations'])}\n" in result.stdout
+    return result.returncode, table
+
+
+def test_an_archive_holds_what_was_acknowledged(tmp_path: Path) -> None:
+    faults = ("--faults", "leader,freeze,cut,silence,slow", "--ack", "none", "--on-outage", "none")
+    code, table = figures(tmp_path / "figures.json", "--kills", "4", *faults)
+    assert (code, table["violations"]) == (0, []), f"seed {table['seed']}"
+    assert table["acknowledged"] == table["messages"] > 500
+    assert table["records"] >= table["messages"]
+
+
+def test_planted_faults_are_found(tmp_path: Path) -> None:
+    """A message that is not written, one that is written twice, one that overtakes another."""
+    broker = f"{sys.executable} {PLANTED} lose,double,swap"
+    load = (
+        "--kills",
+        "2",
+        "--faults",
+        "cut,slow",
+        "--ack",
+        "none",
+        "--on-outage",
+        "none",
+        "--seed",
+        "3",
+        "--patience",
+        "8",
+    )
+    code, table = figures(tmp_path / "figures.json", "--broker", broker, "--rate", "600", *load)
+    assert code == 1
+    assert {violation["kind"] for violation in table["violations"]} == {"lost", "duplicate", "order"}
+    assert table["again_qos1"] > 0
+
+
+def test_a_broker_that_does_not_serve_is_one_message(tmp_path: Path) -> None:
+    result = ledger("--broker", "sh -c 'echo no such thing'", "--directory", str(tmp_path))
+    assert result.returncode == 2
+    assert "scripts/ledger: node a ended by itself; its last words:\nno such thing" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_wrong_usage() -> None:
+    result = ledger("--faults", "broker,flood")
+    assert result.returncode == 2
+    assert "--faults: 'flood' is none of broker, leader" in result.stderr

@@ -1,0 +1,90 @@
+"""`mqtt-trio` whose way to Kafka has faults, for the test that the ledger finds them:
+
+python tests/ledger/planted_gateway.py FAULT[,FAULT...] serve ...
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Final
+
+import attrs
+
+from gateways.kafka.bridge import ProducerBridge
+from gateways.kafka.records import Record
+from mqtt_trio.__main__ import main
+
+EVERY: Final = 300
+"""Records of an archive between two faults."""
+
+
+def plant(fault: Callable[[ProducerBridge, Record, Callable[[Record], None]], None]) -> None:
+    """Have `fault` deal with each record that an archive offers; what it calls last offers one."""
+    offer = ProducerBridge.offer
+
+    def planted(self: ProducerBridge, record: Record) -> None:
+        def go_on(one: Record) -> None:
+            offer(self, one)
+
+        if self.name == "archive":
+            fault(self, record, go_on)
+        else:
+            go_on(record)
+
+    ProducerBridge.offer = planted  # type: ignore[method-assign]
+
+
+def lose() -> None:
+    """Now and then a record is said to be in Kafka and never is."""
+    offered = 0
+
+    def fault(_bridge: ProducerBridge, record: Record, go_on: Callable[[Record], None]) -> None:
+        nonlocal offered
+        offered += 1
+        if offered % EVERY or record.done is None:
+            go_on(record)
+        else:
+            record.done(None)
+
+    plant(fault)
+
+
+def double() -> None:
+    """Now and then a record is written twice."""
+    offered = 0
+
+    def fault(_bridge: ProducerBridge, record: Record, go_on: Callable[[Record], None]) -> None:
+        nonlocal offered
+        offered += 1
+        if not offered % EVERY:
+            go_on(attrs.evolve(record, done=None))
+        go_on(record)
+
+    plant(fault)
+
+
+def swap() -> None:
+    """Now and then a record overtakes the one in front of it."""
+    offered = 0
+    held: dict[bytes | None, Record] = {}
+
+    def fault(_bridge: ProducerBridge, record: Record, go_on: Callable[[Record], None]) -> None:
+        nonlocal offered
+        offered += 1
+        if not offered % EVERY and not held:
+            held[record.key] = record
+            return
+        go_on(record)
+        if record.key in held:
+            go_on(held.pop(record.key))
+
+    plant(fault)
+
+
+FAULTS = {"lose": lose, "double": double, "swap": swap}
+
+if __name__ == "__main__":
+    for name in sys.argv[1].split(","):
+        FAULTS[name]()
+    sys.exit(main(sys.argv[2:]))
