@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import ssl
 import statistics
 from pathlib import Path
@@ -19,14 +20,17 @@ HEALTHY = 50
 FROZEN = 50
 SLOW = 5
 """Of the frozen ones: they read a little."""
-ROUNDS = 3
+ROUNDS, MOST_ROUNDS = 3, 12
+"""A round is one window with frozen readers between two without. One that other programs disturbed says nothing; on a
+machine where most are, more rounds are played before the verdict."""
 MESSAGES, INTERVAL = 200, 0.01
 FLOOD = "flood"
 FLOODED = 150
 FLOOD_PAYLOAD = b"#" * 16_384
 QUEUE_BYTES, OUTBOX_BYTES, INFLIGHT = 512 * 1024, 128 * 1024, 10
-FLOOR = 0.005
-"""Seconds by which a busy machine alone makes two measurements differ."""
+SLACK = 0.0005
+"""Seconds. The whole of p99 is one or two milliseconds on a quiet machine; our own reading of fifty sockets and the
+kernel's waking of two processes, which are part of it, differ by as much from window to window."""
 KINDS: tuple[Kind, ...] = ("tcp", "tls", "websocket")
 TLS_LINE = r"(?i)\btcp\+tls\b.*?127\.0\.0\.1:(\d+)"
 CONFIG = """
@@ -78,6 +82,14 @@ class Frozen:
             member.close()
 
 
+def too_late(without: list[float], beside: list[float]) -> bool:
+    """Whether the p99 beside frozen readers is more than twice that of the windows right before and behind, in most
+    rounds."""
+    around = [(before + after) / 2 for before, after in itertools.pairwise(without)]
+    return statistics.median(b - 2 * a for a, b in zip(around, beside, strict=True)) > SLACK
+
+
+@pytest.mark.timeout(300)  # for the most rounds
 def test_frozen_readers_delay_nobody_and_cost_what_is_configured(brokers: Brokers, tmp_path: Path) -> None:
     certificates = Certificates(tmp_path)
     pair = certificates.server()
@@ -91,19 +103,19 @@ def test_frozen_readers_delay_nobody_and_cost_what_is_configured(brokers: Broker
     context = certificates.client_context()
     measure(publisher, healthy, (), MESSAGES, INTERVAL)
     base = broker.rss_mib
-    without, beside, memory = [], [], []
-    for _ in range(ROUNDS):
-        without.append(measure(publisher, healthy, (), MESSAGES, INTERVAL))
+    without, beside, memory = [measure(publisher, healthy, (), MESSAGES, INTERVAL)], list[float](), list[float]()
+    while len(beside) < ROUNDS or (too_late(without, beside) and len(beside) < MOST_ROUNDS):
         frozen = Frozen(broker, context)
         flooder.flood(FLOOD, FLOOD_PAYLOAD, FLOODED)
         beside.append(measure(publisher, healthy, frozen.slow, MESSAGES, INTERVAL))
         memory.append(broker.rss_mib)
         frozen.close()
         wait_until(lambda: len(broker.output.matches("'frozen-.*left:")) >= FROZEN * len(beside), "their ends")
+        without.append(measure(publisher, healthy, (), MESSAGES, INTERVAL))
     bounds = FROZEN * (QUEUE_BYTES + OUTBOX_BYTES + INFLIGHT * len(FLOOD_PAYLOAD)) / 2**20
     p99, p99_beside = statistics.median(without), statistics.median(beside)
     print(
-        f"p99 {1e3 * p99:.2f} ms, beside {FROZEN} frozen readers {1e3 * p99_beside:.2f} ms; "
+        f"p99 {1e3 * p99:.2f} ms, beside {FROZEN} frozen readers {1e3 * p99_beside:.2f} ms in {len(beside)} rounds; "
         f"{base:.0f} MiB, {max(memory):.0f} MiB with them, bounds {bounds:.0f} MiB"
     )
     for member in (publisher, flooder, *healthy):
@@ -113,5 +125,5 @@ def test_frozen_readers_delay_nobody_and_cost_what_is_configured(brokers: Broker
     print(counters)
     assert counters["dropped_outbox_full"] > 0
     assert counters["dropped_queue_full"] > 0
-    assert p99_beside <= 2 * p99 + FLOOR
+    assert not too_late(without, beside), f"seconds without, around each round: {without}; beside: {beside}"
     assert max(memory) <= base + bounds
