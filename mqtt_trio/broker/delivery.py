@@ -274,7 +274,7 @@ class Sender:
 
     def enqueue(self, delivery: Delivery, owner: Session | ShareGroup, now: float) -> None:
         """Have a delivery wait; what the bounds of the queue push out is dropped and counted."""
-        expired, dropped = owner.queue.add(delivery, self.limits, now + self.wall_offset)
+        expired, dropped = owner.own_queue().add(delivery, self.limits, now + self.wall_offset)
         self.metrics.messages_queued += 1 - len(dropped) - len(expired)
         if delivery in dropped:
             pass

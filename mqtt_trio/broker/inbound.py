@@ -188,7 +188,7 @@ class Inbound:
             return  # the connection is gone, the client will ask again
         acks, safe = session.acks, self.broker.journal.safe
         while acks and acks[0].waiting_for == 0:
-            ack = acks.popleft()
+            ack = acks.pop(0)
             kept = ack.kept
             if kept is not None and kept != AGAIN and kept[1] <= safe:
                 kept = None  # the store has it by now

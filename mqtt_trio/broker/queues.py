@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Container, Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import attrs
 
@@ -114,6 +114,21 @@ class MessageQueue(deque["Delivery"]):
         self.size = 0
         self.expires_at = NEVER
         return count
+
+
+class _NothingWaits(MessageQueue):
+    __slots__ = ()
+
+    def put_last(self, delivery: Delivery) -> None:
+        raise TypeError("a queue of its own is needed first")
+
+    def put_back(self, deliveries: Iterable[Delivery]) -> None:
+        raise TypeError("a queue of its own is needed first")
+
+
+NOTHING_WAITS: Final = _NothingWaits()
+"""The queue of every session for which nothing has waited yet. An empty deque takes 0.8 KiB, a tenth of what an idle
+connection may cost."""
 
 
 @attrs.define(eq=False)

@@ -170,9 +170,9 @@ class Recovery:
         if packet_id and session is not None:
             session.inflight[packet_id] = Released(number) if flags & RELEASED else delivery
             return
-        queue = session.queue if session is not None else group.queue if group is not None else None
-        assert queue is not None
-        queue.put_last(delivery)
+        owner_found = session or group
+        assert owner_found is not None
+        owner_found.own_queue().put_last(delivery)
         self.broker.metrics.messages_queued += 1
 
     def _finish(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, TypeAlias
 
@@ -10,7 +10,7 @@ import attrs
 
 from mqtt_trio.broker.message import Message
 from mqtt_trio.broker.outbox import ClientLink, Outbox
-from mqtt_trio.broker.queues import BurstQueue, MessageQueue
+from mqtt_trio.broker.queues import NOTHING_WAITS, BurstQueue, MessageQueue
 from mqtt_trio.broker.router import SubscriptionOptions
 from mqtt_trio.protocol.codes import ReasonCode
 from mqtt_trio.protocol.packets import Will
@@ -133,7 +133,8 @@ class Session:
         """Packet Identifiers of `inflight` that this connection has still to repeat, in order, before anything new."""
         self.bursts = BurstQueue()
         """Retained messages for new subscriptions, still to be sent, before the queue."""
-        self.queue = MessageQueue()
+        self.queue: MessageQueue = NOTHING_WAITS
+        """`own_queue` is the one to add to."""
         self.received: set[int] = set()
         """Inbound QoS 2 Packet Identifiers whose PUBREL has not come [MQTT5-4.3.3-10]."""
         self.carried: set[int] | None = None
@@ -150,7 +151,7 @@ class Session:
         self.next_id = 1
         self.send_maximum = 65_535
         """Outbound QoS 1 and 2 messages that may be unacknowledged: the lower of both sides' bounds."""
-        self.acks: deque[PendingAck] = deque()
+        self.acks: list[PendingAck] = []
         """Acknowledgements that wait, in the order in which they must go [MQTT3-4.6.0-2]; of this connection only."""
         self.expiry_interval = 0
         self.will: Will | None = None
@@ -174,6 +175,12 @@ class Session:
         self.received.clear()
         self.received_kept.clear()
         self.gates.clear()
+
+    def own_queue(self) -> MessageQueue:
+        """Return the queue of this session alone, made when the first message waits."""
+        if self.queue is NOTHING_WAITS:
+            self.queue = MessageQueue()
+        return self.queue
 
     def take_id(self) -> int:
         """Return a free Packet Identifier. There is one: `send_maximum` is below their number [MQTT5-2.2.1-4]."""

@@ -58,6 +58,10 @@ class ShareGroup:
         self.audiences: set[Audience] = set()
         """Route cache entries that name this group."""
 
+    def own_queue(self) -> MessageQueue:
+        """Return the queue to add to."""
+        return self.queue
+
     def forget_routes(self) -> None:
         """Invalidate every route that names this group."""
         for audience in list(self.audiences):

@@ -370,14 +370,14 @@ async def test_publishers_wait_while_the_journal_is_full(autojump_clock: Clock) 
     play.world.clients["s"].end(None, "cut")
     play.world.broker.journal.limit = 10_000
     link = play.connect("p", V5)
-    queue = play.world.broker.connections.sessions["s"].queue
+    session = play.world.broker.connections.sessions["s"]
     for number in range(1, 40):
         play.send("p", publish(number, 1, properties=MessageProperties(content_type="x" * 200)))
     assert link.paused
-    assert 10 < len(queue) < 39
+    assert 10 < len(session.queue) < 39
     for _ in range(5):
         play.world.do("commit", "", None)
-    assert len(queue) == 39
+    assert len(session.queue) == 39
     assert not play.world.broker.stopped
     assert link.sent.count(b"\x40\x02") > 0
 
