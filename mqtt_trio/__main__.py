@@ -28,7 +28,7 @@ EXIT_CONFIG: Final = 78
 COMMANDS: Final = {
     "serve": "run the broker (the default command)",
     "check": "show what a configuration means, start nothing",
-    "doctor": "check the session store on disk, change nothing; 1 when something is wrong with it",
+    "doctor": "check stores, certificates and the way to Kafka, change nothing; 1 when something is wrong",
 }
 """Commands that a configuration is loaded for."""
 CLIENTS: Final = {
@@ -214,13 +214,10 @@ def _check(loaded: LoadedConfig) -> int:
 
 
 def _doctor(loaded: LoadedConfig) -> int:
-    from mqtt_trio.server.sqlite_store import FILE_NAME
-    from mqtt_trio.server.store_doctor import check_store_file
+    from mqtt_trio.doctor import run
 
-    report = check_store_file(loaded.options.persistence.path / FILE_NAME)
-    print("\n".join(report.lines))
-    print("\n".join(f"problem: {each}" for each in report.problems) or "no problem found")
-    return EXIT_FAILURE if report.problems else 0
+    print(f"# mqtt-trio {__version__}, configuration: {loaded.path or 'defaults (no --config)'}")
+    return EXIT_FAILURE if run(loaded) else 0
 
 
 if __name__ == "__main__":

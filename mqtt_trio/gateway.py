@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import enum
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -172,6 +173,27 @@ class Gateway(Protocol):
 
     def meanings(self) -> Mapping[str, str]:
         """What each name of `counters` counts, for metrics; those that also fall begin with `Gauge: `."""
+
+
+class Verdict(enum.Enum):
+    """What a check of `mqtt-trio doctor` comes to; the value is what people read."""
+
+    OK = "ok"
+    NOTE = "note"
+    """Worth knowing, nothing is wrong with it."""
+    PROBLEM = "PROBLEM"
+
+
+@attrs.frozen
+class Finding:
+    """One line of `mqtt-trio doctor`."""
+
+    verdict: Verdict
+    about: str
+    """What was looked at, such as `Kafka localhost:9092`."""
+    text: str
+    mend: str = ""
+    """What to do about it."""
 
 
 class Console(Protocol):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Final
 
 from gateways.kafka.options import KafkaOptions
@@ -10,7 +11,7 @@ from mqtt_trio.errors import ConfigError
 
 if TYPE_CHECKING:
     from gateways.kafka.kafka_gateway import KafkaGateway
-    from mqtt_trio.gateway import GatewayCommand
+    from mqtt_trio.gateway import Finding, GatewayCommand
 
 COMMANDS: Final = {"dlq": "dlq_commands", "offsets": "offset_commands", "topics": "topic_commands"}
 """Command -> module with `COMMAND`; it imports kafka-python when it runs."""
@@ -48,6 +49,19 @@ def check(options: KafkaOptions) -> None:
         raise ConfigError([text]) from None
     workers.check_client_options(options)
     security_of(options).check()
+
+
+def examine(options: object, archive_topics: Sequence[str | None]) -> Iterator[Finding]:
+    """Look at everything that section [Kafka] needs, for `mqtt-trio doctor`; blocks while it is read.
+
+    `archive_topics`: destinations of the archive groups that store in Kafka, None: the archive topic.
+    """
+    from gateways.kafka.doctor import examine as look
+
+    if not isinstance(options, KafkaOptions):
+        raise TypeError(f"expected KafkaOptions, got {type(options).__name__}")
+    check(options)
+    return look(options, archive_topics)
 
 
 def command(name: str) -> GatewayCommand:

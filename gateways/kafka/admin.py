@@ -135,15 +135,14 @@ class Admin:
         """Return the topics that exist; None for one that this user may not see, whether it exists or not."""
         found: dict[str, Any] = {}
         hidden: dict[str, None] = {}
-        read_only: set[str] = set()
+        rights: dict[str, Sequence[str]] = {}
         for topic in self._admin.describe_topics(list(names)):
             if topic["error_code"] == kafka_errors.TopicAuthorizationFailedError.errno:
                 hidden[topic["name"]] = None
             elif topic["error_code"] == 0 and topic["partitions"]:
                 found[topic["name"]] = topic["partitions"]
-                operations = topic.get("authorized_operations")
-                if operations is not None and "WRITE" not in operations:
-                    read_only.add(topic["name"])
+                if (operations := topic.get("authorized_operations")) is not None:
+                    rights[topic["name"]] = operations
         config = self._config_of(list(found))
         states = {
             name: TopicState(
@@ -151,7 +150,8 @@ class Admin:
                 replication_factor=len(partitions[0]["replica_nodes"]),
                 leaders=all(p["leader_id"] >= 0 for p in partitions),
                 config=config.get(name, {}),
-                writable=name not in read_only,
+                writable="WRITE" in rights.get(name, ("WRITE",)),
+                readable="READ" in rights.get(name, ("READ",)),
             )
             for name, partitions in found.items()
         }
@@ -175,6 +175,14 @@ class Admin:
         """
         facts = {"num_partitions": partitions, "replication_factor": replication_factor, "configs": dict(config)}
         answer = self._admin.create_topics({name: facts}, timeout_ms=ADMIN_TIMEOUT_MS, raise_errors=False)
+        return _outcome(answer["topics"][0], kafka_errors.TopicAlreadyExistsError)
+
+    def may_create(self, name: str, partitions: int, replication_factor: int) -> str | None:
+        """Have Kafka say whether `create` would succeed, and create nothing; return as `create`."""
+        facts = {"num_partitions": partitions, "replication_factor": replication_factor}
+        answer = self._admin.create_topics(
+            {name: facts}, timeout_ms=ADMIN_TIMEOUT_MS, validate_only=True, raise_errors=False
+        )
         return _outcome(answer["topics"][0], kafka_errors.TopicAlreadyExistsError)
 
     def grow(self, name: str, partitions: int) -> str | None:

@@ -62,6 +62,8 @@ class TopicState:
     """Effective properties; empty when we may not see them."""
     writable: bool = True
     """Our user may write to it, as far as Kafka says."""
+    readable: bool = True
+    """Our user may read it, as far as Kafka says."""
 
     @property
     def is_compacted(self) -> bool:

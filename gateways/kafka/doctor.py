@@ -1,0 +1,136 @@
+"""What `mqtt-trio doctor` says about Kafka: each server step by step, then the topics and what this user may do there.
+
+Nothing is changed in Kafka. Blocking.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Final, Protocol
+
+from gateways.kafka.options import KafkaOptions
+from gateways.kafka.precheck import Step, precheck
+from gateways.kafka.topic_plan import (
+    CLEANUP,
+    DENIED,
+    Difference,
+    KafkaTools,
+    Remedy,
+    TopicPlan,
+    TopicState,
+    differences,
+    plan_topics,
+)
+from gateways.kafka.topics import AdminLike, denied_text
+from mqtt_trio.errors import GatewayError
+from mqtt_trio.gateway import Finding, Verdict
+
+TITLES: Final[Mapping[str, str]] = {
+    "options": "our own keys",
+    "name": "name",
+    "tcp": "connection",
+    "tls": "TLS",
+    "kafka": "protocol",
+    "mechanism": "mechanism",
+    "login": "login",
+    "brokers": "brokers",
+}
+"""Step of a connection -> what people call it."""
+
+READ: Final = ("Kafka.Topics.Bus", "Kafka.Topics.Retained")
+"""Topics that a node reads as well."""
+
+
+class Examiner(AdminLike, Protocol):
+    """What is needed of `admin.Admin`."""
+
+    def may_create(self, name: str, partitions: int, replication_factor: int) -> str | None: ...
+
+
+def examine(options: KafkaOptions, archive_topics: Sequence[str | None]) -> Iterator[Finding]:
+    """Yield what is found as it is found; never raises for what is wrong with Kafka."""
+    reached = False
+    for server in options.server_names:
+        reached = (yield from _server(options, server)) or reached
+    if not reached:
+        yield Finding(Verdict.NOTE, "Kafka topics", "not looked at: no server lets us in")
+        return
+    try:
+        with open_admin(options) as admin:
+            yield from _topics(admin, options, plan_topics(options, archive_topics))
+    except GatewayError as exc:
+        yield Finding(Verdict.PROBLEM, "Kafka topics", str(exc))
+
+
+def open_admin(options: KafkaOptions) -> AbstractContextManager[Examiner]:
+    """Connect; tests put a fake in the place of this."""
+    from gateways.kafka.admin import administration
+
+    return administration(options)
+
+
+def _server(options: KafkaOptions, server: str) -> Generator[Finding, None, bool]:
+    """Yield each step of a connection; return whether the server lets us in."""
+    steps: Sequence[Step] = precheck(options, server)
+    for step in steps:
+        verdict = Verdict.OK if step.fault is None else Verdict.PROBLEM
+        yield Finding(verdict, f"Kafka {server} {TITLES[step.name]}", step.text, step.mend)
+    return steps[-1].fault is None
+
+
+def _topics(admin: Examiner, options: KafkaOptions, plans: Sequence[TopicPlan]) -> Iterator[Finding]:
+    brokers = admin.broker_count()
+    yield Finding(Verdict.OK, "Kafka cluster", f"{brokers} broker{'s' if brokers != 1 else ''} serve")
+    states = admin.describe([plan.name for plan in plans])
+    tools = KafkaTools(options.server_names, secured=options.security.protocol != "PLAINTEXT")
+    for plan in plans:
+        state = states.get(plan.name)
+        if state is not None:
+            yield from _topic(plan, state, brokers, tools)
+        else:
+            yield _absent(plan, admin.may_create(plan.name, plan.partitions, plan.factor(brokers)), brokers, tools,
+                          hidden=plan.name in states)  # fmt: skip
+
+
+def _absent(plan: TopicPlan, refusal: str | None, brokers: int, tools: KafkaTools, *, hidden: bool) -> Finding:
+    about = f"Kafka topic {plan.name}"
+    if refusal is None:
+        return Finding(Verdict.NOTE, about, "is not there yet; the broker will create it")
+    if refusal == DENIED:
+        return Finding(Verdict.PROBLEM, about, denied_text(plan, tools, brokers, hidden=hidden))
+    return Finding(Verdict.PROBLEM, about, f"is missing, and cannot be created: {refusal}")
+
+
+def _topic(plan: TopicPlan, state: TopicState, brokers: int, tools: KafkaTools) -> Iterator[Finding]:
+    about = f"Kafka topic {plan.name}"
+    found = list(_rights(about, plan, state, tools))
+    if not state.leaders:
+        found.append(
+            Finding(Verdict.PROBLEM, about, "has partitions without a leader", "start the brokers that are down")
+        )
+    found += [_difference(about, one) for one in differences(plan, state, brokers)]
+    if all(one.verdict is not Verdict.PROBLEM for one in found):
+        text = f"{state.partitions} partitions, replication factor {state.replication_factor}"
+        yield Finding(Verdict.OK, about, text)
+    yield from found
+
+
+def _rights(about: str, plan: TopicPlan, state: TopicState, tools: KafkaTools) -> Iterator[Finding]:
+    for allowed, operation, verb in ((state.writable, "Write", "write to"), (state.readable, "Read", "read")):
+        if not allowed and (operation == "Write" or plan.section in READ):
+            mend = f"somebody who may: {tools.allow(plan.name, operation)}"
+            yield Finding(Verdict.PROBLEM, about, f"this user may not {verb} it", mend)
+    if not state.config:
+        mend = f"somebody who may: {tools.allow(plan.name, 'DescribeConfigs')}"
+        yield Finding(Verdict.NOTE, about, "this user may not see its properties, so they are not compared", mend)
+
+
+def _difference(about: str, difference: Difference) -> Finding:
+    mend = difference.note
+    if difference.remedy is not Remedy.NONE:
+        command = "mqtt-trio topics apply" + (" --configs" if difference.remedy is Remedy.CONFIG else "")
+        mend = f"{mend + '; ' if mend else ''}`{command}`"
+    # A topic that forgets what it must keep, or keeps what nobody can read, does harm; the rest is a matter of taste.
+    verdict = Verdict.PROBLEM if difference.key == CLEANUP else Verdict.NOTE
+    return Finding(verdict, about, str(difference), mend)
