@@ -27,6 +27,10 @@ from mqtt_trio.errors import GatewayError
 ADMIN_TIMEOUT_MS: Final = 10_000
 COORDINATOR_TIMEOUT: Final = 15.0
 COORDINATOR_INTERVAL: Final = 0.2
+SESSION_TIMEOUT_MS: Final = 10_000
+"""How long the place of a `sole_member` that died is kept."""
+PLACE_TIMEOUT: Final = 12.0
+"""Seconds to wait for the place: longer than that."""
 LONGEST_HOLD_MS: Final = 24 * 3600 * 1000
 """How long `sole_member` holds its place without polling."""
 NO_COORDINATOR: Final = (
@@ -77,15 +81,19 @@ def administration(options: KafkaOptions) -> Iterator[Admin]:
 @contextmanager
 def sole_member(options: KafkaOptions, group: str, topic: str) -> Iterator[None]:
     """Be the only member of `group` while the body runs: whoever else tries is refused. The member subscribes to
-    `topic`, reads nothing and commits nothing; should the process die, its place is free after ten seconds.
+    `topic`, reads nothing and commits nothing; should the process die, its place is free after a while, which the next
+    one waits for.
 
     Raises:
       GatewayError: there is another member.
     """
     with administration(options) as admin:
-        if (found := admin.group(group)) is not None and found.is_active:
-            raise _taken(found)
-        own = {"session_timeout_ms": 10_000, "max_poll_interval_ms": LONGEST_HOLD_MS, "max_poll_records": 1}
+        until = time.monotonic() + PLACE_TIMEOUT
+        while (found := admin.group(group)) is not None and found.is_active:
+            if time.monotonic() > until:
+                raise _taken(found)
+            time.sleep(COORDINATOR_INTERVAL)
+        own = {"session_timeout_ms": SESSION_TIMEOUT_MS, "max_poll_interval_ms": LONGEST_HOLD_MS, "max_poll_records": 1}
         config = common_config(options, f"{socket.gethostname()}-{os.getpid()}") | normal_keys(options.consumer) | own
         with leak_safe() as make_client:
             consumer = KafkaConsumer(kafka_client=make_client, group_id=group, enable_auto_commit=False, **config)
@@ -214,7 +222,10 @@ class Admin:
           GatewayError: this user may not see it.
         """
         listed = {group["group_id"]: group for group in _patiently(self._admin.list_groups)}
-        facts = _patiently(lambda: self._admin.describe_groups([name]))[name]
+        try:
+            facts = _patiently(lambda: self._admin.describe_groups([name]))[name]
+        except kafka_errors.GroupAuthorizationFailedError:
+            raise _hidden(name) from None
         members = tuple(f"{member['client_id']} at {member['client_host'].lstrip('/')}" for member in facts["members"])
         if (known := listed.get(name)) is not None:  # other types than "classic" are only known to the list
             return GroupState(name=name, state=known["group_state"] or facts["group_state"], members=members)

@@ -191,7 +191,8 @@ class Redriver:
                 writer.write(todo, lambda left: self._search(left, sizes))
         finally:
             notes.close()
-        console.show(f"{writer.written} of {len(todo)} records were written.")
+        if todo:
+            console.show(f"{writer.written} of {len(todo)} records were written.")
         for error, count in writer.errors.items():
             console.say(f"{count} failed: {printable(error)}")
         if notes.error:

@@ -260,7 +260,7 @@ class Applier:
         self._admin = admin
         self._seen = seen
         self._console = console
-        self._tools = KafkaTools(options.server_names, secured=options.security.protocol != "PLAINTEXT")
+        self._tools = KafkaTools.of(options)
 
     def run(self, *, configs: bool, sure: bool) -> int:
         """Ask where that is due, do it, wait until the brokers agree; return the exit code.

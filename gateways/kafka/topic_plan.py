@@ -288,6 +288,14 @@ class KafkaTools:
     servers: Sequence[str]
     secured: bool = False
     """The connection needs more than the name of the servers."""
+    user: str = "NAME"
+    """Ours, where the configuration names it."""
+
+    @classmethod
+    def of(cls, options: KafkaOptions, servers: Sequence[str] = ()) -> KafkaTools:
+        """Make one for these options; `servers` instead of theirs."""
+        security = options.security
+        return cls(servers or options.server_names, security.protocol != "PLAINTEXT", security.sasl_username or "NAME")
 
     def _command(self, tool: str, *arguments: str) -> str:
         secured = ("--command-config", "client.properties") if self.secured else ()
@@ -316,4 +324,4 @@ class KafkaTools:
     def allow(self, topic: str, *operations: str) -> str:
         """Give this node's user rights on a topic."""
         wanted = [part for operation in operations for part in ("--operation", operation)]
-        return self._command("kafka-acls", "--add", "--allow-principal", "User:NAME", *wanted, "--topic", topic)
+        return self._command("kafka-acls", "--add", "--allow-principal", f"User:{self.user}", *wanted, "--topic", topic)

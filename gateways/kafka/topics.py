@@ -103,7 +103,7 @@ class TopicManager:
         self.complete = trio.Event()
         self._cluster = cluster
         self._plans = {plan.name: plan for plan in plans}
-        self._tools = KafkaTools(cluster.servers, secured=options.security.protocol != "PLAINTEXT")
+        self._tools = KafkaTools.of(options, cluster.servers)
         self._said: set[str] = set()
         self._changed = trio.Event()
         if open_admin is None:

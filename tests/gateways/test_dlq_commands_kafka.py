@@ -10,6 +10,7 @@ import attrs
 import kafka as client
 import pytest
 
+from gateways.kafka import admin
 from gateways.kafka.admin import Admin, sole_member
 from gateways.kafka.dlq import (
     ID_HEADER,
@@ -200,11 +201,13 @@ def test_what_kafka_refuses_stays_a_letter(setting: Setting) -> None:
     assert len(setting.archived()) == 4
 
 
-def test_one_redrive_at_a_time(setting: Setting) -> None:
+def test_one_redrive_at_a_time(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     setting.make(setting.archive, 1)
     setting.put(letter(1, setting.archive))
     with sole_member(setting.options, GROUP, setting.dlq):
-        assert setting.run("redrive", "--execute") == 1
+        with monkeypatch.context() as patched:
+            patched.setattr(admin, "PLACE_TIMEOUT", 0.5)
+            assert setting.run("redrive", "--execute") == 1
         assert "another one is at it (mqtt-trio-" in "".join(setting.errors())
         assert setting.run("redrive") == 0  # looking is free
     assert setting.archived() == []
