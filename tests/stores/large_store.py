@@ -45,10 +45,10 @@ async def build(path: Path, size: Size) -> None:
                     nursery.start_soon(_leave_a_session, memory, number)
         for at in range(size.messages):
             number, turn = at % size.sessions, at // size.sessions
-            _publish(memory, f"site/{number}/orders", b"%d %d " % (number, turn) + PAYLOAD, retain=False)
+            publish(memory, f"site/{number}/orders", b"%d %d " % (number, turn) + PAYLOAD, retain=False)
             await _let_commit(memory, at)
         for at in range(size.retained):
-            _publish(memory, f"plant/{at % 100}/line/{at // 100}/temperature", b"%d " % at + PAYLOAD, retain=True)
+            publish(memory, f"plant/{at % 100}/line/{at // 100}/temperature", b"%d " % at + PAYLOAD, retain=True)
             await _let_commit(memory, at)
         assert memory.broker.metrics.messages_queued == size.messages
         await memory.stop()
@@ -63,7 +63,8 @@ async def _leave_a_session(memory: MemoryBroker, number: int) -> None:
     await client.cut()
 
 
-def _publish(memory: MemoryBroker, topic_name: str, payload: bytes, *, retain: bool) -> None:
+def publish(memory: MemoryBroker, topic_name: str, payload: bytes, *, retain: bool) -> None:
+    """Publish at QoS 1 without a client."""
     broker = memory.broker
     message = Message(topic_name, payload, 1, retain, client_id="press-1", published_at=memory.utc_now())
     if retain:

@@ -49,10 +49,15 @@ def as_after_a_kill(path: Path, *batches: Batch) -> tuple[bytes, bytes]:
     store.load()
     for batch in batches:
         store.commit(batch)
-    # Reading the file closes a descriptor of it and with it SQLite's own lock; nobody else is there.
-    contents = path.read_bytes(), Path(f"{path}-wal").read_bytes()
+    contents = file_and_log(path)
     store.close()
     return contents
+
+
+def file_and_log(path: Path) -> tuple[bytes, bytes]:
+    """Return both as they are while the store is open."""
+    # Reading the file closes a descriptor of it and with it SQLite's own lock; nobody else is there.
+    return path.read_bytes(), Path(f"{path}-wal").read_bytes()
 
 
 def put(path: Path, file: bytes | bytearray, log: bytes | bytearray = b"") -> None:
