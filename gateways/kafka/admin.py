@@ -59,13 +59,13 @@ def administration(options: KafkaOptions) -> Iterator[Admin]:
     """
     quiet_loggers()
     servers = ", ".join(options.server_names)
-    reason = probe(options)(options.server_names)
+    reason = probe(options, certain=True)(options.server_names)
     admin = None
     try:
         if reason is None:
             admin = Admin(options)
     except kafka_errors.KafkaError as exc:
-        reason = words_of(exc)
+        reason = probe(options)(options.server_names) or words_of(exc)
     if admin is None:
         raise GatewayError(f"Kafka at {servers} cannot be asked: {reason}", retriable=True)
     try:

@@ -86,7 +86,8 @@ class ProducerBridge:
         if open_producer is None or faults is None:
             from gateways.kafka import workers
 
-            open_producer = partial(workers.Producer, options, name, compression, linger_ms)
+            open_it = partial(workers.Producer, options, name, compression, linger_ms)
+            open_producer = partial(cluster.when_let_in, open_it)
             faults = workers
         timeout = options.effective_delivery_timeout
         self._make_feeder = partial(
@@ -279,7 +280,7 @@ class ConsumerBridge:
         if open_consumer is None:
             from gateways.kafka import workers
 
-            open_consumer = partial(workers.Consumer, options, name)
+            open_consumer = partial(cluster.when_let_in, partial(workers.Consumer, options, name))
         self._poller = Poller(name, open_consumer, cluster, assignments, self._hand_over)
         self._poller.on_positions_known = partial(self._reached, self.positions_known, on_positions_known)
         self._poller.on_caught_up = partial(self._reached, self.caught_up, on_caught_up)

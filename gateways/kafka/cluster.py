@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import attrs
 
@@ -15,6 +15,9 @@ from gateways.kafka.records import Reason
 log = logging.getLogger("gateways.kafka")
 
 DEFAULT_MAX_MESSAGE_BYTES = 1_048_588
+REFUSAL_MEMORY = 1.0
+"""Seconds for which Kafka is not asked again after it did not let us in."""
+T = TypeVar("T")
 Probe: TypeAlias = Callable[[Sequence[str]], str | None]
 MOST_REASONS = 8
 """Different reasons that are logged of one outage."""
@@ -29,6 +32,10 @@ class TopicFacts:
     """Topic property max.message.bytes: the largest batch of records after compression."""
     is_compacted: bool = False
     """Records without a key are refused."""
+
+
+class AwayError(Exception):
+    """Kafka does not let us in; the text says why."""
 
 
 @attrs.frozen(kw_only=True)
@@ -52,13 +59,23 @@ class Cluster:
       outages: how often Kafka went away.
     """
 
-    def __init__(self, servers: Sequence[str], probe: Probe | None = None, glance: Probe | None = None) -> None:
+    def __init__(
+        self,
+        servers: Sequence[str],
+        probe: Probe | None = None,
+        glance: Probe | None = None,
+        gate: Probe | None = None,
+    ) -> None:
         """`servers` stand in the messages; `probe` tells why none of them lets us in, None if one does; `glance` does
-        the same without a login."""
+        the same without a login, `gate` only where a client need not even try."""
         self.servers = list(servers)
         self.outages = 0
         self._probe = probe
         self._glance = glance or probe
+        self._gate = gate
+        self._door = threading.Lock()
+        self._refusal: str | None = None
+        self._refused_until = 0.0
         self._lock = threading.Lock()
         self._away: dict[str, str] = {}
         self._said: set[str] = set()
@@ -69,7 +86,27 @@ class Cluster:
 
     def probe(self) -> str | None:
         """Return why no server lets us in, None when one does. Blocks for two seconds: not on the Trio thread."""
+        refusal = self._refusal
+        if refusal is not None and time.monotonic() < self._refused_until:
+            return refusal
         return self._probe(self.servers) if self._probe is not None else None
+
+    def when_let_in(self, open_it: Callable[[], T]) -> T:
+        """Return what `open_it` makes, unless Kafka would not let it in: a client that tries would knock several times
+        a second with a wrong password, and say less. Parts that come within REFUSAL_MEMORY share one answer. Blocks.
+
+        Raises:
+          AwayError: Kafka would not; and whatever `open_it` raises.
+        """
+        if self._gate is not None:
+            with self._door:
+                if self._refusal is None or time.monotonic() >= self._refused_until:
+                    self._refusal = self._gate(self.servers)
+                    self._refused_until = time.monotonic() + REFUSAL_MEMORY
+                refusal = self._refusal
+            if refusal is not None:
+                raise AwayError(refusal)
+        return open_it()
 
     def glance(self) -> str | None:
         """Do what `probe` does as often as one likes: without a login."""

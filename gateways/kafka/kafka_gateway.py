@@ -44,7 +44,9 @@ class KafkaGateway:
 
     def __init__(self, options: KafkaOptions) -> None:
         self.options = options
-        self.cluster = Cluster(options.server_names, probe(options), probe(options, log_in=False))
+        self.cluster = Cluster(
+            options.server_names, probe(options), probe(options, log_in=False), probe(options, certain=True)
+        )
         self._dlq = self._make_dlq()
         topic = options.topics.dlq.name or DEFAULTS["dlq"].name
         contents = options.dlq.payloads

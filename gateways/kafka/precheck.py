@@ -36,10 +36,13 @@ def precheck(options: KafkaOptions, server: str) -> list[Step]:
     return _Check(security_of(options), server).finish(time.monotonic() + LIMIT)
 
 
-def probe(options: KafkaOptions, *, log_in: bool = True) -> Callable[[Sequence[str]], str | None]:
+def probe(
+    options: KafkaOptions, *, log_in: bool = True, certain: bool = False
+) -> Callable[[Sequence[str]], str | None]:
     """Return what tells why none of some servers lets us in, and None when one does; it blocks for LIMIT seconds.
 
-    Without `log_in` it is content when a server speaks Kafka with us.
+    Without `log_in` it is content when a server speaks Kafka with us. `certain`: silence is no reason, a client has
+    more patience than this.
     """
 
     def ask(servers: Sequence[str]) -> str | None:
@@ -50,7 +53,9 @@ def probe(options: KafkaOptions, *, log_in: bool = True) -> Callable[[Sequence[s
             return None
         checks = [first, *(_Check(security, server, log_in=log_in) for server in servers[1:MOST_SERVERS])]
         results = [check.finish(deadline) for check in checks]
-        return None if any(check.succeeded for check in checks) else _explain(servers, results)
+        if any(check.succeeded for check in checks) or (certain and any(r[-1].fault is Fault.SILENT for r in results)):
+            return None
+        return _explain(servers, results)
 
     return ask
 

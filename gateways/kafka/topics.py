@@ -79,10 +79,6 @@ def denied_text(plan: TopicPlan, tools: KafkaTools, brokers: int, *, hidden: boo
     )
 
 
-class AwayError(Exception):
-    """Kafka does not let us in; the text says why."""
-
-
 class TopicManager:
     """Keeps the topics of a node: creates them, learns about them, again whenever somebody misses one.
 
@@ -149,13 +145,13 @@ class TopicManager:
                 self.complete.set()
                 return
             try:
+                ask = partial(survey, self._open_admin, plans)
                 found = await trio.to_thread.run_sync(
-                    self._survey, plans, abandon_on_cancel=True, limiter=trio.CapacityLimiter(1)
+                    self._cluster.when_let_in, ask, abandon_on_cancel=True, limiter=trio.CapacityLimiter(1)
                 )
-            except AwayError as exc:
-                self._cluster.away("topics", str(exc))
             except Exception as exc:
-                self._cluster.away("topics", " ".join(f"{type(exc).__name__}: {exc}".split()))
+                reason = await trio.to_thread.run_sync(self._cluster.probe, abandon_on_cancel=True)
+                self._cluster.away("topics", reason or " ".join(f"{type(exc).__name__}: {exc}".split()))
             else:
                 self._cluster.back("topics")
                 self._learn(plans, found)
@@ -166,12 +162,6 @@ class TopicManager:
             if any(self._cluster.facts(plan.name) is None for plan in plans):
                 await trio.sleep(delay)
                 delay = max(delay, min(delay * 2, LONGEST_RETRY))
-
-    def _survey(self, plans: Sequence[TopicPlan]) -> Survey:
-        """Look whether Kafka lets us in, which says more and sooner than a client that tries, then ask it. Blocks."""
-        if (reason := self._cluster.probe()) is not None:
-            raise AwayError(reason)
-        return survey(self._open_admin, plans)
 
     def _learn(self, plans: Sequence[TopicPlan], found: Survey) -> None:
         for plan in plans:

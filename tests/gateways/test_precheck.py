@@ -6,12 +6,13 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
 
+from gateways.kafka.cluster import REFUSAL_MEMORY, AwayError, Cluster
 from gateways.kafka.options import KafkaOptions, SecurityOptions, SslOptions
 from gateways.kafka.precheck import LIMIT, Fault, precheck, probe, split_server
 from tests.certificates import Certificates
@@ -168,6 +169,34 @@ def test_a_frozen_server_takes_no_longer_than_the_limit() -> None:
         reason = probe(KafkaOptions(servers=names))(names)
     assert time.monotonic() - began < LIMIT + SLACK
     assert str(reason).count("does not answer") == 5
+
+
+def test_silence_keeps_no_client_from_trying() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        name = f"127.0.0.1:{server.getsockname()[1]}"
+        options = KafkaOptions(servers=name)
+        assert probe(options, certain=True)([name]) is None
+    assert "refuses connections" in str(probe(options, certain=True)([name]))
+
+
+def test_parts_that_come_together_share_one_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, asked, refusal = [0.0], [0], ["no"]
+
+    def gate(servers: Sequence[str]) -> str | None:
+        asked[0] += 1
+        return refusal[0] or None
+
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    cluster = Cluster(["k"], lambda servers: "other", gate=gate)
+    for _ in range(3):
+        with pytest.raises(AwayError, match="no"):
+            cluster.when_let_in(lambda: "client")
+    assert (asked[0], cluster.probe()) == (1, "no")
+    refusal[0] = ""
+    now[0] += REFUSAL_MEMORY
+    assert cluster.probe() == "other"
+    assert cluster.when_let_in(lambda: "client") == cluster.when_let_in(lambda: "client") == "client"
+    assert asked[0] == 3, "that it lets us in is not remembered"
 
 
 def test_a_name_service_that_hangs_takes_no_longer_either(monkeypatch: pytest.MonkeyPatch) -> None:
