@@ -22,12 +22,13 @@ from mqtt_trio import __version__
 from mqtt_trio.archive.groups import ArchiveGroup, build_groups
 from mqtt_trio.archive.memory import MemoryStore
 from mqtt_trio.archive.options import ArchiveGroupOptions
+from mqtt_trio.archive.spool import SPOOLS_OF_GROUPS, Spool, spool_path, warn_of_strays
 from mqtt_trio.archive.sqlite import SqliteArchive, archive_path
 from mqtt_trio.archive.store import ArchiveStore
 from mqtt_trio.broker.broker import Broker
 from mqtt_trio.broker.journal import Journal
 from mqtt_trio.broker.sys_topics import SysTopics
-from mqtt_trio.config import LoadedConfig
+from mqtt_trio.config import LoadedConfig, archive_topic
 from mqtt_trio.errors import ConfigError, MqttTrioError, StartError
 from mqtt_trio.event_log import log_event
 from mqtt_trio.gateway import Gateway
@@ -127,7 +128,21 @@ class Node:
         self.gateways = build_gateways(self.loaded)
         if self.gateways or self.storage is not None:
             sys.setswitchinterval(SWITCH_INTERVAL)
-        self.groups = build_groups(self.options.archive_groups, self._make_store, self.host)
+        self.groups = build_groups(
+            self.options.archive_groups,
+            self._make_store,
+            self.host,
+            make_spool=self._make_spool,
+            default_kafka_topic=archive_topic(self.loaded.gateways),
+        )
+        used = [group.shipper.spool for group in self.groups]
+        warn_of_strays(self.options.persistence.path, [spool.directory for spool in used if spool is not None])
+
+    def _make_spool(self, group: ArchiveGroupOptions) -> Spool:
+        persistence = self.options.persistence
+        name = f"{SPOOLS_OF_GROUPS}{group.target(archive_topic(self.loaded.gateways))}"
+        path = spool_path(persistence.path, name)
+        return Spool(path, max_bytes=group.spool_bytes, synchronous=persistence.synchronous)
 
     def _make_store(self, group: ArchiveGroupOptions) -> ArchiveStore:
         if group.store == "KAFKA":
@@ -135,7 +150,9 @@ class Node:
         if group.store == "MEMORY":
             return MemoryStore(retention=group.retention, max_size=group.max_size)
         path = archive_path(self.options.persistence.path, group.name)
-        return SqliteArchive(path, retention=group.retention, max_size=group.max_size)
+        # What PUBACK promises is to survive what sessions survive; else a history is worth no wait for the disk.
+        synchronous = self.options.persistence.synchronous if group.ack == "store" else "NORMAL"
+        return SqliteArchive(path, retention=group.retention, max_size=group.max_size, synchronous=synchronous)
 
     async def _shut_down(self, accepting: trio.CancelScope) -> None:
         """Stop intake, say goodbye, drain archives, close gateways; whatever they do, within the timeout."""
@@ -145,8 +162,9 @@ class Node:
                 listener.close()
             with trio.move_on_after(timeout * FAREWELL_SHARE):
                 await self.clients.shut_down(self.options.shutdown.server_reference)
-            for group in self.groups:
-                await group.stop()
+            async with trio.open_nursery() as stopping:
+                for group in self.groups:
+                    stopping.start_soon(group.stop)
             for gateway in self.gateways.values():
                 await gateway.stop()
             if self.storage is not None:
@@ -160,7 +178,7 @@ class Node:
         return Running(
             listeners=[listener.describe() for listener in self.listeners],
             store=self.storage.describe() if self.storage is not None else "",
-            archives=[ArchiveSummary(group=group.options, store=group.store.describe()) for group in self.groups],
+            archives=[ArchiveSummary(group=group.options, store=group.describe_store()) for group in self.groups],
             gateways={section: gateway.describe() for section, gateway in self.gateways.items()},
             http=self.monitor.describe() if self.monitor is not None else "",
         )

@@ -21,6 +21,8 @@ from mqtt_trio.errors import ConfigError
 from mqtt_trio.server.http import HttpOptions
 from mqtt_trio.server.listeners import ListenerOptions
 
+SPOOL_SLACK: Final = 1024 * 1024
+"""Bytes by which a spool must be larger than the largest message."""
 DEFAULT_LISTENERS: Final = ({"Type": "tcp", "Port": 1883}, {"Type": "websocket", "Port": 8083})
 LEVELS: Final = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
@@ -162,7 +164,7 @@ def load_config(
     options, gateways = _structure(sources, sections)
     sources.problems.extend(status.refusals(sources.table, sources.origins))
     if options is not None:
-        sources.problems.extend(_cross_check(options))
+        sources.problems.extend(_cross_check(options, archive_topic(gateways)))
         for name in _wanted(options, sections):
             gateways.setdefault(name, sections[name]())
     if sources.problems or options is None:
@@ -234,12 +236,25 @@ def _structure(sources: Sources, sections: Mapping[str, type]) -> tuple[Options 
     return options, gateways
 
 
-def _cross_check(options: Options) -> Iterator[tuple[Path, str]]:
+def archive_topic(gateways: Mapping[str, object]) -> str:
+    """Return where KAFKA groups without a KafkaTopic write, which is an option of that gateway."""
+    return str(getattr(gateways.get("Kafka"), "archive_topic", "mqtt.archive"))
+
+
+def _cross_check(options: Options, default_kafka_topic: str) -> Iterator[tuple[Path, str]]:
     """Find what only shows when several keys are seen together."""
     try:
-        merge_groups(options.archive_groups)
+        merge_groups(options.archive_groups, default_kafka_topic=default_kafka_topic)
     except ConfigError as exc:
         yield from (split_problem(line, ()) for line in exc.problems)
+    largest = options.limits.maximum_packet_size
+    for index, group in enumerate(options.archive_groups):
+        if group.outage_policy == "spool" and group.spool_bytes < largest + SPOOL_SLACK:
+            text = (
+                f"{group.spool_bytes} bytes have no room for a message of Limits.MaximumPacketSize, {largest}; "
+                f"at least {largest + SPOOL_SLACK} are needed"
+            )
+            yield ("ArchiveGroups", index, "SpoolBytes"), text
     taken: dict[tuple[str, int], int] = {}
     for index, listener in enumerate(options.listeners):
         if listener.port and (other := taken.setdefault((listener.host, listener.port), index)) != index:

@@ -23,11 +23,8 @@ class Refusal:
 _OUTAGE: Final = (
     "while the store is away, a full window slows QoS 1 and 2 publishers and drops QoS 0; leave the key out"
 )
-_OPEN: Final = "it would promise a protection that does not exist; leave the key out"
 
 REFUSED: Final = (
-    Refusal("ArchiveGroups[].Ack", ("none",), 'only "none" is built yet: PUBACK means that this node has the message'),
-    Refusal("ArchiveGroups[].OnOutage", (), f"outage policies are not built yet: {_OUTAGE}"),
     Refusal("Kafka.Bus.Ack", ("none",), 'only "none" is built yet: PUBACK means that this node has the message'),
     Refusal("Kafka.Bus.OnOutage", (), f"outage policies are not built yet: {_OUTAGE}"),
 )

@@ -436,6 +436,27 @@ def test_http_has_a_port_of_its_own(load: Any) -> None:
     assert problem == "Http.Port: Listeners[1] has 127.0.0.1:8083 already"
 
 
+def test_a_spool_has_room_for_the_largest_message(load: Any) -> None:
+    group = '[[ArchiveGroups]]\nName = "a"\nStore = "KAFKA"\nSpoolBytes = "2MiB"\n'
+    (problem,) = problems(load, group)
+    assert problem == (
+        "ArchiveGroups[0].SpoolBytes: 2097152 bytes have no room for a message of Limits.MaximumPacketSize, 2097152; "
+        "at least 3145728 are needed"
+    )
+    assert (
+        load(f'{group}OnOutage = "reject"\nAck = "store"\nAckTimeout = "5s"').options.archive_groups[0].ack_timeout == 5
+    )
+    assert load(f"{group}[Limits]\nMaximumPacketSize = 1048576").options.archive_groups[0].outage_policy == "spool"
+
+
+def test_groups_that_share_a_topic_by_its_name_are_one(load: Any) -> None:
+    """Also where one of them names what is the default of [Kafka.Topics.Archive]."""
+    groups = '[[ArchiveGroups]]\nName = "a"\nStore = "KAFKA"\n[[ArchiveGroups]]\nName = "b"\nStore = "KAFKA"\n'
+    text = f'{groups}KafkaTopic = "mine"\nAck = "store"\n[Kafka.Topics.Archive]\nName = "mine"'
+    (problem,) = problems(load, text)
+    assert problem.startswith("ArchiveGroups[1].Ack: 'store', but group 'a' writes to the same Kafka topic 'mine'")
+
+
 # Not built yet
 
 
@@ -444,8 +465,6 @@ def test_http_has_a_port_of_its_own(load: Any) -> None:
     [
         ('[Kafka.Bus]\nAck = "store"', "Kafka.Bus.Ack"),
         ('[Kafka.Bus]\nOnOutage = "spool"', "Kafka.Bus.OnOutage"),
-        ('[[ArchiveGroups]]\nName = "a"\nAck = "store"', "ArchiveGroups[0].Ack"),
-        ('[[ArchiveGroups]]\nName = "a"\nOnOutage = "reject"', "ArchiveGroups[0].OnOutage"),
     ],
 )
 def test_promises_that_cannot_be_kept_are_refused(load: Any, text: str, path: str) -> None:

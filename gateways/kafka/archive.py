@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import Final
 
 import trio
 
-from gateways.kafka.bridge import ProducerBridge
+from gateways.kafka.bridge import ProducerBridge, nothing
 from gateways.kafka.dead_letters import DeadLetters
 from gateways.kafka.dlq import Stage
 from gateways.kafka.mapping import JsonMapper
+from gateways.kafka.presence import PART as PRESENCE
 from gateways.kafka.records import Reason
-from mqtt_trio.errors import StoreError
+from mqtt_trio.errors import GatewayError, StoreError
 from mqtt_trio.gateway import Message, Outcome
+
+TOPICS: Final = "topics"
+"""What the topic manager calls itself towards the cluster."""
 
 
 class Batch:
@@ -46,11 +51,54 @@ class KafkaArchiveStore:
         self._backlog: deque[Batch] = deque()
         self._waits_for_room = False
         self._empty = trio.Event()
+        self.is_over = False
+        """What was submitted is stored, or need not be."""
+        self._changed: Callable[[], None] = nothing
+        self._trouble: str | None = None
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Do nothing until cancelled: the gateway owns the producer, and `submit` may be called from the start."""
-        task_status.started()
-        await trio.sleep_forever()
+        """Watch whether Kafka is there for the producer until cancelled. The gateway owns the producer, and `submit`
+        may be called from the start."""
+        token = trio.lowlevel.current_trio_token()
+
+        def look_soon() -> None:  # any thread
+            try:
+                token.run_sync_soon(self._look, idempotent=True)
+            except trio.RunFinishedError:
+                pass
+
+        cluster = self._bridge.cluster
+        cluster.listen(look_soon)
+        try:
+            self._look()
+            task_status.started()
+            await trio.sleep_forever()
+        finally:
+            cluster.unlisten(look_soon)
+
+    def _look(self) -> None:
+        trouble = self._find_trouble()
+        if (trouble is None) != (self._trouble is None):
+            self._trouble = trouble
+            self._changed()
+        self._trouble = trouble
+
+    def _find_trouble(self) -> str | None:
+        """What keeps this very topic from being written: others may be away for reasons of their own."""
+        cluster, topic = self._bridge.cluster, self._mapper.topic
+        trouble = cluster.away_for(self._bridge.name) or cluster.away_for(PRESENCE)
+        if trouble is None and cluster.facts(topic) is None:
+            found = cluster.trouble(topic)
+            trouble = found.text if found is not None else cluster.away_for(TOPICS)
+        return trouble
+
+    def trouble(self) -> str | None:
+        """Return why the topic cannot be written, while that is so."""
+        return self._trouble
+
+    def watch(self, changed: Callable[[], None]) -> None:
+        """Call `changed` when that begins and ends."""
+        self._changed = changed
 
     def submit(self, batch: Sequence[Message], done: Callable[[Outcome], None]) -> None:
         """Keep `batch` for the producer; `done` follows in the order of the batches."""
@@ -92,6 +140,8 @@ class KafkaArchiveStore:
         self._bridge.offer(record)
 
     def _settle(self, entry: Batch, index: int, error: Exception | None) -> None:
+        if isinstance(error, GatewayError) and error.retriable:
+            return  # the producer is closed: what became of the message is not known, and the spool may have it
         if error is not None:
             entry.failures[index] = error if isinstance(error, StoreError) else StoreError(str(error))
         entry.missing -= 1
@@ -108,14 +158,13 @@ class KafkaArchiveStore:
             self._empty.set()
 
     async def stop(self) -> None:
-        """Wait until Kafka has what was submitted; the gateway closes the producer. Cancelled, it waits no longer."""
-        while self._batches:
-            self._empty = trio.Event()
-            await self._empty.wait()
-
-    def trouble(self) -> str | None:
-        """Return None: the gateway says what Kafka does, for all its stores at once."""
-        return None
+        """Wait until Kafka has what was submitted; the gateway closes the producer. Cancelled, nobody needs it."""
+        try:
+            while self._batches:
+                self._empty = trio.Event()
+                await self._empty.wait()
+        finally:
+            self.is_over = True
 
     def describe(self) -> str:
         """Return the topic for the start-up summary."""

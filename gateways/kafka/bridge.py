@@ -71,6 +71,7 @@ class ProducerBridge:
         """`name` stands in logs and client ids; `linger_ms` is the producer's (0 where records are packed already);
         `lazy`: connect when there is something to send; `open_producer` and `faults` are for tests."""
         self.name = name
+        self.cluster = cluster
         self.after_drain: Callable[[], None] = nothing
         self.on_refused: Callable[[Record, RecordRefusedError], None] = nothing
         self.full = False

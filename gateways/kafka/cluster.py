@@ -123,6 +123,10 @@ class Cluster:
         with self._lock:
             return next(iter(self._away.values()), None)
 
+    def away_for(self, part: str) -> str | None:
+        """Return why `part` cannot work with Kafka at the moment; None: it can, as far as is known."""
+        return self._away.get(part)
+
     def away(self, part: str, reason: str) -> None:
         """`part` cannot work with Kafka. Repeated calls log nothing but another reason than before: that may be the one
         that somebody can mend."""

@@ -53,6 +53,7 @@ class KafkaGateway:
         self.dead_letters = DeadLetters(self._dlq, topic, self.cluster.facts, contents=contents)
         self._archive: ProducerBridge | None = None
         self._mappers: list[JsonMapper] = []
+        self._stores: list[KafkaArchiveStore] = []
         self._bus: Bus | None = None
         self._topics: TopicManager | None = None
 
@@ -68,10 +69,11 @@ class KafkaGateway:
                 window_bytes=self.options.window_bytes,
             )
             self._archive.on_refused = partial(self.dead_letters.refused, Stage.ARCHIVE)
-        default = self.options.topics.archive.name or DEFAULTS["archive"].name
-        mapper = JsonMapper(topic or default, timestamps=timestamps)
+        mapper = JsonMapper(topic or self.options.archive_topic, timestamps=timestamps)
         self._mappers.append(mapper)
-        return KafkaArchiveStore(self._archive, mapper, self.dead_letters)
+        store = KafkaArchiveStore(self._archive, mapper, self.dead_letters)
+        self._stores.append(store)
+        return store
 
     def _make_dlq(self) -> ProducerBridge | None:
         options = self.options
@@ -172,10 +174,16 @@ class KafkaGateway:
                 if self._bus is not None:
                     nursery.start_soon(self._bus.stop)
                 if self._archive is not None:
-                    nursery.start_soon(self._archive.stop)
+                    nursery.start_soon(self._stop_archive, self._archive)
         finally:
             if self._dlq is not None:  # last: the others may end with letters
                 await self._dlq.stop()
+
+    async def _stop_archive(self, archive: ProducerBridge) -> None:
+        with trio.CancelScope() as scope:
+            if archive.outstanding_records and all(store.is_over for store in self._stores):
+                scope.cancel()  # the groups' spools have it all
+            await archive.stop()
 
     def describe(self) -> Sequence[str]:
         """Return lines for the start-up summary."""

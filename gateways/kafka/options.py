@@ -208,6 +208,11 @@ class KafkaOptions:
         return self.topics.bus.name or self.bus.topic
 
     @property
+    def archive_topic(self) -> str:
+        """Topic of archive groups that name none."""
+        return self.topics.archive.name or "mqtt.archive"
+
+    @property
     def effective_delivery_timeout(self) -> float:
         """`delivery_timeout`, or what [Kafka.Producer] says about it in Kafka's own words."""
         milliseconds = self.producer.get("delivery_timeout_ms", self.producer.get("delivery.timeout.ms"))

@@ -96,6 +96,9 @@ class MemoryStore:
         """Return None: memory is always there."""
         return None
 
+    def watch(self, changed: Callable[[], None]) -> None:
+        """Do nothing: memory is never away."""
+
     def describe(self) -> str:
         """One phrase for the start-up summary."""
         return f"memory, {self._max_size // 1024 // 1024} MiB"

@@ -9,7 +9,7 @@ from typing import Any, Final
 from urllib.parse import quote
 
 import attrs
-from attrs.validators import ge, gt, in_, optional
+from attrs.validators import ge, gt, in_, le, optional
 
 from mqtt_trio.errors import ConfigError, RemoteProtocolError
 from mqtt_trio.protocol.topics import SHARE_PREFIX, validate_topic_filter
@@ -22,6 +22,7 @@ OUTAGE_POLICIES: Final = ("spool", "reject", "drop")
 
 MINIMUM_MAX_SIZE: Final = 1024 * 1024
 """Bytes: a smaller SQLite file could not keep its own indexes and write-ahead log within the bound."""
+MINIMUM_SPOOL_BYTES: Final = 1024 * 1024
 NAME_LENGTH: Final = 100
 
 _KAFKA_TOPIC: Final = re.compile(r"[A-Za-z0-9._-]{1,249}")
@@ -98,9 +99,21 @@ class ArchiveGroupOptions:
     kafka_topic: str | None = attrs.field(default=None, validator=_check_kafka_topic)
     """Where a KAFKA group writes; None: the Archive topic of [Kafka.Topics]."""
     ack: str = attrs.field(default="none", validator=in_(ACKS))
-    """none: PUBACK and PUBREC do not wait for the store; store: they do (not built yet, so `config` refuses it)."""
+    """none: PUBACK and PUBREC do not wait for the store; store: they go out when the store has confirmed the message or
+    the spool has it on disk [K9]."""
+    ack_timeout: float = attrs.field(default=30.0, validator=[gt(0), le(3600)], metadata={"unit": "seconds"})
+    """Seconds that an acknowledgement waits for the store (`ack = "store"`). Outcome: the messages that wait go to the
+    spool; without one, or where it takes nothing, a 5.0 client gets reason code 0x83 and a 3.x client is disconnected.
+    The message may be stored nevertheless."""
     on_outage: str | None = attrs.field(default=None, validator=optional(in_(OUTAGE_POLICIES)))
-    """What happens while the store is away; None: the window fills, then its outcome (the others are not built)."""
+    """What happens to messages while the store is away [K10]. spool: they are kept on disk; reject: QoS 1 and 2 are
+    refused with 0x97 (a 3.x client is disconnected), QoS 0 dropped; drop: they are acknowledged and dropped. None:
+    spool for KAFKA; for the others the window fills, and its outcome follows."""
+    spool_bytes: int = attrs.field(
+        default=1024 * 1024 * 1024, validator=ge(MINIMUM_SPOOL_BYTES), metadata={"unit": "bytes"}
+    )
+    """Bytes that the spool takes on disk at most. Outcome, of a full disk as well: what comes fills the window, and its
+    outcome follows."""
     format: str = attrs.field(default="JSON", converter=_upper, validator=in_(FORMATS))
     """How a KAFKA group writes its records."""
     timestamp_format: str = attrs.field(default="iso", validator=in_(TIMESTAMP_FORMATS))
@@ -114,6 +127,16 @@ class ArchiveGroupOptions:
     def __attrs_post_init__(self) -> None:
         if problems := list(_misfits(self)):
             raise ValueError("; ".join(problems))
+
+    @property
+    def outage_policy(self) -> str | None:
+        """`on_outage` with its default; None: nothing but the window."""
+        return self.on_outage or ("spool" if self.store == "KAFKA" else None)
+
+    def target(self, default_kafka_topic: str = "mqtt.archive") -> str:
+        """Return what tells one destination of messages from another: two groups with one target are one."""
+        topic = self.kafka_topic or default_kafka_topic
+        return f"{self.store}-{topic if self.store == 'KAFKA' else self.name}"
 
 
 def _misfits(options: ArchiveGroupOptions) -> Iterable[str]:
@@ -138,7 +161,7 @@ def merge_groups(
       ConfigError: two groups have one name, or groups that share a topic disagree on how it is written.
     """
     problems: list[str] = []
-    merged: dict[tuple[str, str], ArchiveGroupOptions] = {}
+    merged: dict[str, ArchiveGroupOptions] = {}
     names: set[str] = set()
     for index, group in enumerate(options):
         if group.name in names:
@@ -146,19 +169,19 @@ def merge_groups(
         names.add(group.name)
         if not group.enabled or group.store == "NONE":
             continue
-        target = group.kafka_topic or default_kafka_topic if group.store == "KAFKA" else group.name
-        first = merged.setdefault((group.store, target), group)
+        target = group.target(default_kafka_topic)
+        first = merged.setdefault(target, group)
         if first is not group:
-            problems += _disagreements(index, first, group, target)
-            merged[group.store, target] = _joined(first, group)
+            problems += _disagreements(index, first, group, group.kafka_topic or default_kafka_topic)
+            merged[target] = _joined(first, group)
     if problems:
         raise ConfigError(problems)
     return list(merged.values())
 
 
 def _disagreements(index: int, first: ArchiveGroupOptions, group: ArchiveGroupOptions, target: str) -> Iterable[str]:
-    keys = (("Format", "format"), ("TimestampFormat", "timestamp_format"), ("Ack", "ack"), ("OnOutage", "on_outage"))
-    for key, name in keys:
+    keys = {"Format": "format", "TimestampFormat": "timestamp_format", "Ack": "ack", "OnOutage": "outage_policy"}
+    for key, name in keys.items():
         ours, theirs = getattr(group, name), getattr(first, name)
         if ours != theirs:
             yield (
@@ -174,4 +197,6 @@ def _joined(first: ArchiveGroupOptions, group: ArchiveGroupOptions) -> ArchiveGr
         filter=tuple(dict.fromkeys((*first.filter, *group.filter))),
         window_messages=max(first.window_messages, group.window_messages),
         window_bytes=max(first.window_bytes, group.window_bytes),
+        ack_timeout=min(first.ack_timeout, group.ack_timeout),
+        spool_bytes=max(first.spool_bytes, group.spool_bytes),
     )

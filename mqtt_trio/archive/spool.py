@@ -31,6 +31,8 @@ PENDING_BYTES: Final = 8 * 1024 * 1024
 """Bytes that wait for the commit that is under way; beyond them nothing fits."""
 READ_BYTES: Final = 256 * 1024
 """Bytes that one `read` returns, about."""
+SPOOLS_OF_GROUPS: Final = "archive-"
+"""What the names of their spools begin with; the rest is the group's target."""
 FIRST_RETRY: Final = 0.1
 LAST_RETRY: Final = 5.0
 """Seconds between attempts while the disk takes nothing: doubled from the first to the last."""
@@ -90,6 +92,17 @@ class _Job:
                 self.found = log.read(READ_BYTES)
             except StoreError as exc:
                 self.read_error = exc
+
+
+def warn_of_strays(directory: Path, used: Sequence[Path]) -> None:
+    """Log which spools of archive groups hold messages that no configured group will store."""
+    for path in sorted(directory.glob(f"spool-{SPOOLS_OF_GROUPS}*")):
+        if path not in used and any(path.glob("*.seg")):
+            logger.warning(
+                "spool %s may hold messages, and no archive group uses it: configure its group again and they are "
+                "stored, or remove it",
+                path,
+            )
 
 
 class Spool:
@@ -216,7 +229,7 @@ class Spool:
 
     def describe(self) -> str:
         """One phrase for the start-up summary."""
-        held = f" with {self.messages} messages of before" if self.messages else ""
+        held = f" with {self.messages} messages from before" if self.messages else ""
         return f"spool {self.directory}{held}, at most {self.max_bytes / 1024 / 1024:g} MiB"
 
     # --- its task ---

@@ -110,6 +110,10 @@ def open_archive_file(path: Path, *, max_size: int | None, synchronous: str) -> 
     raise StoreError(f"archive store {path}: the new file is unusable as well")
 
 
+def nothing() -> None:
+    """Do nothing: nobody watches the store."""
+
+
 class SqliteArchive:
     """Stores messages in the file at `path`. All batches that wait become one transaction, within bounds.
 
@@ -135,6 +139,8 @@ class SqliteArchive:
         self._worker = _Worker(self, synchronous, clock)
         self._finished: deque[_Batch] = deque()
         self._token: trio.lowlevel.TrioToken | None = None
+        self._changed: Callable[[], None] = nothing
+        self._trouble: str | None = None
 
     async def run(self, *, task_status: trio.TaskStatus[None]) -> None:
         """Own the thread until stopped or cancelled; cancelled, the thread ends after the transaction it is in.
@@ -171,8 +177,12 @@ class SqliteArchive:
         self._jobs.put(None)  # wakes the thread
 
     def trouble(self) -> str | None:
-        """Say that the file cannot be written, while that is so."""
-        return f"archive store {self.path} cannot be written" if self._worker.failing else None
+        """Return why the file cannot be written, while that is so."""
+        return self._trouble
+
+    def watch(self, changed: Callable[[], None]) -> None:
+        """Call `changed` when that begins and ends."""
+        self._changed = changed
 
     def describe(self) -> str:
         """One phrase for the start-up summary."""
@@ -184,9 +194,20 @@ class SqliteArchive:
     def post(self, batch: _Batch) -> None:
         """Hand a finished batch to the Trio thread; called in the worker's."""
         self._finished.append(batch)
+        self._soon(self._deliver)  # one wake for a burst
+
+    def report(self, trouble: str | None) -> None:
+        """Say that the file cannot be written, or can again; called in the worker's thread."""
+        self._trouble = trouble
+        self._soon(self._tell)
+
+    def _tell(self) -> None:
+        self._changed()
+
+    def _soon(self, callback: Callable[[], None]) -> None:
         assert self._token is not None
         try:
-            self._token.run_sync_soon(self._deliver, idempotent=True)  # one wake for a burst
+            self._token.run_sync_soon(callback, idempotent=True)
         except trio.RunFinishedError:
             pass  # given up long ago
 
@@ -294,6 +315,7 @@ class _Worker:
                     "archive store %s cannot be written: %s%s. It is tried again", self._store.path, exc, help_text
                 )
             self._retry = FIRST_RETRY
+            self._store.report(f"archive store {self._store.path} cannot be written: {exc}")
         if self._file is not None and code in _REOPEN:
             self._file.close()
             self._file = None
@@ -304,6 +326,7 @@ class _Worker:
     def _recovered(self) -> None:
         if self._retry:
             self._retry = 0.0
+            self._store.report(None)
             logger.info("archive store %s is written again", self._store.path)
 
     def _replace(self, exc: Exception) -> None:

@@ -34,7 +34,10 @@ class ArchiveStore(Protocol):
         """Store what was submitted, then close. Bounded by the caller's cancel scope; cancelled, it closes at once."""
 
     def trouble(self) -> str | None:
-        """Why nothing can be stored at the moment; None: it can, as far as is known."""
+        """Return why nothing can be stored at the moment: the store is away. None: it is not, as far as is known."""
+
+    def watch(self, changed: Callable[[], None]) -> None:
+        """Call `changed` on the Trio thread when `trouble` begins and when it ends. Before `run`, at most once."""
 
     def describe(self) -> str:
         """One phrase for the start-up summary, such as `SQLite data/archive-Default.sqlite3`."""

@@ -3,102 +3,24 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
 
 import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from mqtt_trio.archive.groups import BATCH, LINGER, ArchiveGroup, ArchiveGroupOptions, build_groups
-from mqtt_trio.archive.store import Outcome
+from mqtt_trio.archive.groups import ArchiveGroup, ArchiveGroupOptions, build_groups
+from mqtt_trio.archive.shipping import BATCH, LINGER
 from mqtt_trio.broker.message import Message
-from mqtt_trio.broker.tap import Answer, FrameRun, Hold
+from mqtt_trio.broker.tap import FrameRun, Hold
 from mqtt_trio.errors import ConfigError, StoreError
 from mqtt_trio.protocol.codes import ProtocolVersion
-
-
-class FakeStore:
-    """Keeps batches until told what becomes of them."""
-
-    def __init__(self, refusal: str | None = None) -> None:
-        self.batches: list[list[Message]] = []
-        self.waiting: list[Callable[[Outcome], None]] = []
-        self.stopped = False
-        self._refusal = refusal
-        self._stop = trio.Event()
-
-    async def run(self, *, task_status: trio.TaskStatus[None]) -> None:
-        if self._refusal is not None:
-            raise StoreError(self._refusal)
-        task_status.started()
-        await self._stop.wait()
-
-    def submit(self, batch: Sequence[Message], done: Callable[[Outcome], None]) -> None:
-        assert not self.stopped
-        self.batches.append(list(batch))
-        self.waiting.append(done)
-
-    def finish(self, batches: int = 1, outcome: Outcome | None = None) -> None:
-        for _ in range(batches):
-            self.waiting.pop(0)(outcome or {})
-
-    async def stop(self) -> None:
-        self.stopped = True
-        self._stop.set()
-
-    def trouble(self) -> str | None:
-        return None
-
-    def describe(self) -> str:
-        return "a fake"
-
-    @property
-    def payloads(self) -> list[bytes]:
-        return [message.payload for batch in self.batches for message in batch]
-
-
-class FakeHost:
-    """Records what a group asks of the broker."""
-
-    def __init__(self) -> None:
-        self.calls: list[str] = []
-
-    def flush(self) -> None:
-        self.calls.append("flush")
-
-    def stop_publishers(self, owner: object) -> None:
-        self.calls.append("stop")
-
-    def resume_publishers(self, owner: object) -> None:
-        self.calls.append("resume")
+from tests.archive_support import FakeHost, FakeStore, held, run_of, running
 
 
 def make_group(window_messages: int = 100_000, window_bytes: int = 1 << 26) -> tuple[ArchiveGroup, FakeStore, FakeHost]:
     options = ArchiveGroupOptions(name="G", window_messages=window_messages, window_bytes=window_bytes)
     store, host = FakeStore(), FakeHost()
     return ArchiveGroup(options, store, host), store, host
-
-
-@asynccontextmanager
-async def running(group: ArchiveGroup) -> AsyncIterator[None]:
-    async with trio.open_nursery() as nursery:
-        await nursery.start(lambda task_status: group.run(task_status=task_status))
-        yield
-        nursery.cancel_scope.cancel()
-
-
-def run_of(*payloads: bytes, qos: int = 0, version: ProtocolVersion = ProtocolVersion.MQTT_5_0) -> FrameRun:
-    packet_id = b"\x00\x07" if qos else b""
-    block = b"\x00" if version == ProtocolVersion.MQTT_5_0 else b""
-    bodies = [b"\x00\x01t" + packet_id + block + payload for payload in payloads]
-    frames = b"".join(bytes((0x30 | qos << 1, len(body))) + body for body in bodies)
-    return FrameRun(frames, len(payloads), qos, version, "c", 5.0)
-
-
-def held(answer: Answer) -> Hold:
-    assert isinstance(answer, Hold)
-    return answer
 
 
 def test_route_is_one_object_for_what_any_filter_matches() -> None:
@@ -132,7 +54,7 @@ async def test_runs_and_messages_are_shipped_in_order_and_once(autojump_clock: M
         await trio.sleep(2 * LINGER)
         assert store.payloads[4:] == [b"5"]
         store.finish(2)
-        assert group.counters() == {"stored": 5, "failed": 0, "dropped_qos0": 0, "held": 0, "waiting": 0}
+        assert {name: value for name, value in group.counters().items() if value} == {"stored": 5}
     assert host.calls == []
 
 
@@ -240,7 +162,7 @@ async def test_failures_are_counted_and_logged_with_the_first_reason(
         store.finish(outcome={0: StoreError("too large"), 2: StoreError("other")})
         store.finish(outcome={1: StoreError("third")})
         await wait_all_tasks_blocked()
-        assert (group.stored, group.failed, group.waiting_messages) == (3, 3, 0)
+        assert (group.shipper.stored, group.shipper.failed, group.waiting_messages) == (3, 3, 0)
     assert [record.getMessage() for record in caplog.records] == ["archive group G: 3 messages not stored: too large"]
 
 
@@ -252,7 +174,8 @@ async def test_unreadable_run_costs_itself_only(autojump_clock: MockClock, caplo
         await trio.sleep(2 * LINGER)
         assert store.payloads == [b"good"]
         store.finish()
-        assert (group.stored, group.failed, group.waiting_messages, group.waiting_bytes) == (1, 2, 0, 0)
+        assert (group.shipper.stored, group.shipper.failed) == (1, 2)
+        assert (group.waiting_messages, group.waiting_bytes) == (0, 0)
     assert "a run of 2 frames is unreadable" in caplog.text
 
 
@@ -270,7 +193,7 @@ async def test_stop_ships_and_waits_for_the_store(autojump_clock: MockClock) -> 
     assert store.stopped
     assert hold.released
     assert host.calls == ["flush"]
-    assert group.stored == 2
+    assert group.shipper.stored == 2
     await group.stop()  # a second time: nothing left to do
 
 

@@ -174,7 +174,7 @@ async def test_group_keeps_bursts_in_its_file_in_order(tmp_path: Path) -> None:
             answers = [group.take(Message("t", b"%05d" % n, 1, published_at=NOW)) for n in range(4000, 6000)]
             await group.stop()
     assert [int(message.payload) for message in read_file(path)] == list(range(6000))
-    assert group.counters() == {"stored": 6000, "failed": 0, "dropped_qos0": 0, "held": 1000, "waiting": 0}
+    assert {name: n for name, n in group.counters().items() if n} == {"stored": 6000, "held": 1000}
     assert [answer is None for answer in answers] == [True] * 1000 + [False] * 1000
     assert all(answer.released for answer in answers if isinstance(answer, Hold))
 
