@@ -26,18 +26,20 @@ from mqtt_trio.errors import GatewayError
 
 ADMIN_TIMEOUT_MS: Final = 10_000
 COORDINATOR_TIMEOUT: Final = 15.0
-COORDINATOR_INTERVAL: Final = 0.2
+"""The same for calls about groups, also of nodes: in a new cluster the first one has the topic of offsets made."""
+INTERVAL: Final = 0.2
 SESSION_TIMEOUT_MS: Final = 10_000
 """How long the place of a `sole_member` that died is kept."""
 PLACE_TIMEOUT: Final = 12.0
 """Seconds to wait for the place: longer than that."""
 LONGEST_HOLD_MS: Final = 24 * 3600 * 1000
 """How long `sole_member` holds its place without polling."""
-NO_COORDINATOR: Final = (
-    kafka_errors.CoordinatorNotAvailableError,
-    kafka_errors.CoordinatorLoadInProgressError,
-    kafka_errors.NotCoordinatorError,
-)
+PATIENCE: Final = 20.0
+"""Seconds that a command goes on asking while brokers come and go: longer than Kafka takes to notice that one died."""
+PASSING: Final = (kafka_errors.RetriableError, kafka_errors.KafkaTimeoutError, kafka_errors.UnknownBrokerIdError)
+"""What another attempt, by a new client, may not meet."""
+LASTING: Final = (kafka_errors.UnknownTopicOrPartitionError,)
+"""Not so these, though kafka-python says so."""
 DENIALS: Final = (
     kafka_errors.TopicAuthorizationFailedError,
     kafka_errors.GroupAuthorizationFailedError,
@@ -63,7 +65,7 @@ def administration(options: KafkaOptions) -> Iterator[Admin]:
     admin = None
     try:
         if reason is None:
-            admin = Admin(options)
+            admin = Admin(options, PATIENCE)
     except kafka_errors.KafkaError as exc:
         reason = probe(options)(options.server_names) or words_of(exc)
     if admin is None:
@@ -92,7 +94,7 @@ def sole_member(options: KafkaOptions, group: str, topic: str) -> Iterator[None]
         while (found := admin.group(group)) is not None and found.is_active:
             if time.monotonic() > until:
                 raise _taken(found)
-            time.sleep(COORDINATOR_INTERVAL)
+            time.sleep(INTERVAL)
         own = {"session_timeout_ms": SESSION_TIMEOUT_MS, "max_poll_interval_ms": LONGEST_HOLD_MS, "max_poll_records": 1}
         config = common_config(options, f"{socket.gethostname()}-{os.getpid()}") | normal_keys(options.consumer) | own
         with leak_safe() as make_client:
@@ -125,26 +127,47 @@ def words_of(exc: BaseException) -> str:
 class Admin:
     """A KafkaAdminClient as the topic manager uses it."""
 
-    def __init__(self, options: KafkaOptions) -> None:
-        """Connect. Blocks for three seconds at most.
+    def __init__(self, options: KafkaOptions, patience: float = 0.0) -> None:
+        """Connect. Blocks for three seconds at most. Calls are made anew for `patience` seconds while they fail for
+        reasons that pass.
 
         Raises:
           kafka.errors.KafkaError: no broker answers, or does not let us in.
         """
-        config = common_config(options, "admin")
+        self._options = options
+        self._patience = patience
+        self._client: Any = None
+        self._client = self._connect()
+
+    def _connect(self) -> Any:
         with leak_safe() as make_client:
-            self._admin = KafkaAdminClient(kafka_client=make_client, **config)
+            return KafkaAdminClient(kafka_client=make_client, **common_config(self._options, "admin"))
+
+    def _ask(self, call: Callable[[Any], T], patience: float = 0.0) -> T:
+        """Make a call, which must be one that may be made twice."""
+        until = time.monotonic() + max(patience, self._patience)
+        while True:
+            try:
+                if self._client is None:
+                    self._client = self._connect()
+                return call(self._client)
+            except PASSING as exc:
+                if isinstance(exc, LASTING) or time.monotonic() > until:
+                    raise
+            self.close()  # it remembers brokers that are gone
+            self._client = None
+            time.sleep(INTERVAL)
 
     def broker_count(self) -> int:
         """Return how many brokers are alive."""
-        return len(self._admin.describe_cluster()["brokers"])
+        return len(self._ask(lambda client: client.describe_cluster())["brokers"])
 
     def describe(self, names: Sequence[str]) -> dict[str, TopicState | None]:
         """Return the topics that exist; None for one that this user may not see, whether it exists or not."""
         found: dict[str, Any] = {}
         hidden: dict[str, None] = {}
         rights: dict[str, Sequence[str]] = {}
-        for topic in self._admin.describe_topics(list(names)):
+        for topic in self._ask(lambda client: client.describe_topics(list(names))):
             if topic["error_code"] == kafka_errors.TopicAuthorizationFailedError.errno:
                 hidden[topic["name"]] = None
             elif topic["error_code"] == 0 and topic["partitions"]:
@@ -169,10 +192,10 @@ class Admin:
         if not names:
             return {}
         resources = [ConfigResource(ConfigResourceType.TOPIC, name) for name in names]
-        answer = self._admin.describe_configs(resources, config_filter="all").get("topic", {})
+        found = self._ask(lambda client: client.describe_configs(resources, config_filter="all"))
         return {  # without DESCRIBE_CONFIGS the answer is an empty table, as for a topic that does not exist
             name: {key: "" if facts["value"] is None else str(facts["value"]) for key, facts in table.items()}
-            for name, table in answer.items()
+            for name, table in found.get("topic", {}).items()
         }
 
     def create(self, name: str, partitions: int, replication_factor: int, config: Mapping[str, str]) -> str | None:
@@ -182,20 +205,26 @@ class Admin:
           None; or why not: DENIED, or the broker's words.
         """
         facts = {"num_partitions": partitions, "replication_factor": replication_factor, "configs": dict(config)}
-        answer = self._admin.create_topics({name: facts}, timeout_ms=ADMIN_TIMEOUT_MS, raise_errors=False)
+        answer = self._ask(
+            lambda client: client.create_topics({name: facts}, timeout_ms=ADMIN_TIMEOUT_MS, raise_errors=False)
+        )
         return _outcome(answer["topics"][0], kafka_errors.TopicAlreadyExistsError)
 
     def may_create(self, name: str, partitions: int, replication_factor: int) -> str | None:
         """Have Kafka say whether `create` would succeed, and create nothing; return as `create`."""
         facts = {"num_partitions": partitions, "replication_factor": replication_factor}
-        answer = self._admin.create_topics(
-            {name: facts}, timeout_ms=ADMIN_TIMEOUT_MS, validate_only=True, raise_errors=False
+        answer = self._ask(
+            lambda client: client.create_topics(
+                {name: facts}, timeout_ms=ADMIN_TIMEOUT_MS, validate_only=True, raise_errors=False
+            )
         )
         return _outcome(answer["topics"][0], kafka_errors.TopicAlreadyExistsError)
 
     def grow(self, name: str, partitions: int) -> str | None:
         """Give a topic more partitions; return as `create`."""
-        answer = self._admin.create_partitions({name: partitions}, timeout_ms=ADMIN_TIMEOUT_MS, raise_errors=False)
+        answer = self._ask(
+            lambda client: client.create_partitions({name: partitions}, timeout_ms=ADMIN_TIMEOUT_MS, raise_errors=False)
+        )
         return _outcome(answer.results[0].to_dict())
 
     def configure(self, name: str, config: Mapping[str, str]) -> str | None:
@@ -203,7 +232,7 @@ class Admin:
         resource = ConfigResource(ConfigResourceType.TOPIC, name, configs=dict(config))
         # What is unknown is told by the broker, in the answer: the client's own check cannot tell it from a topic that
         # is gone or whose properties may not be seen.
-        answer = self._admin.alter_configs([resource], raise_on_unknown=False, incremental=True)
+        answer = self._ask(lambda client: client.alter_configs([resource], raise_on_unknown=False, incremental=True))
         text: str = answer["topic"][name]
         if text == "OK":
             return None
@@ -211,9 +240,12 @@ class Admin:
 
     # --- offsets of groups
 
+    def _ask_coordinator(self, call: Callable[[Any], T]) -> T:
+        return self._ask(call, COORDINATOR_TIMEOUT)
+
     def group_names(self) -> list[str]:
         """Return the groups that this user may see."""
-        return sorted(group["group_id"] for group in _patiently(self._admin.list_groups))
+        return sorted(group["group_id"] for group in self._ask_coordinator(lambda client: client.list_groups()))
 
     def group(self, name: str) -> GroupState | None:
         """Return a group's state; None when there is none of that name.
@@ -221,9 +253,9 @@ class Admin:
         Raises:
           GatewayError: this user may not see it.
         """
-        listed = {group["group_id"]: group for group in _patiently(self._admin.list_groups)}
+        listed = {group["group_id"]: group for group in self._ask_coordinator(lambda client: client.list_groups())}
         try:
-            facts = _patiently(lambda: self._admin.describe_groups([name]))[name]
+            facts = self._ask_coordinator(lambda client: client.describe_groups([name]))[name]
         except kafka_errors.GroupAuthorizationFailedError:
             raise _hidden(name) from None
         members = tuple(f"{member['client_id']} at {member['client_host'].lstrip('/')}" for member in facts["members"])
@@ -244,7 +276,7 @@ class Admin:
           GatewayError: this user may not see it.
         """
         try:
-            found = _patiently(lambda: self._admin.list_group_offsets(group))[group]
+            found = self._ask_coordinator(lambda client: client.list_group_offsets(group))[group]
         except kafka_errors.GroupAuthorizationFailedError:
             raise _hidden(group) from None
         return {(p.topic, p.partition): facts.offset for p, facts in found.items() if facts.offset >= 0}
@@ -259,7 +291,7 @@ class Admin:
         return self._offsets(partitions, OffsetTimestamp(timestamp_ms))
 
     def _offsets(self, partitions: Sequence[Partition], spec: Any) -> dict[Partition, int]:
-        found = self._admin.list_partition_offsets({TopicPartition(*p): spec for p in partitions})
+        found = self._ask(lambda client: client.list_partition_offsets({TopicPartition(*p): spec for p in partitions}))
         return {(p.topic, p.partition): facts.offset for p, facts in found.items()}
 
     def commit(self, group: str, offsets: Mapping[Partition, int]) -> dict[Partition, str]:
@@ -270,7 +302,7 @@ class Admin:
         """
         # The leader epoch of what was committed before does not belong to another offset: -1, none.
         wanted = {TopicPartition(*p): OffsetAndMetadata(offset, "", -1) for p, offset in offsets.items()}
-        answer = _patiently(lambda: self._admin.alter_group_offsets(group, wanted))
+        answer = self._ask_coordinator(lambda client: client.alter_group_offsets(group, wanted))
         return {
             (p.topic, p.partition): error.__name__ for p, error in answer.items() if error is not kafka_errors.NoError
         }
@@ -278,24 +310,11 @@ class Admin:
     def close(self) -> None:
         """Close the client and its thread."""
         with suppress(Exception):
-            self._admin.close()
+            self._client.close()
 
 
 def _hidden(group: str) -> GatewayError:
     return GatewayError(f"this user may not see group {group}: it lacks Describe on it", retriable=False)
-
-
-def _patiently(call: Callable[[], T]) -> T:
-    """Make a call to a group's coordinator again while Kafka is still finding or loading one: in a new cluster the
-    first call has its topic made."""
-    until = time.monotonic() + COORDINATOR_TIMEOUT
-    while True:
-        try:
-            return call()
-        except NO_COORDINATOR:
-            if time.monotonic() > until:
-                raise
-            time.sleep(COORDINATOR_INTERVAL)
 
 
 def _outcome(answer: Mapping[str, Any], *fine: type[kafka_errors.KafkaError]) -> str | None:

@@ -205,7 +205,7 @@ def moment(text: str) -> int:
         ) from None
     if found.tzinfo is None:
         found = found.replace(tzinfo=datetime.UTC)
-    return int(found.timestamp() * 1000)
+    return max(0, int(found.timestamp() * 1000))
 
 
 def _id(text: str) -> str:

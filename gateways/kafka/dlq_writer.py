@@ -48,9 +48,9 @@ class Pending:
 
     @property
     def timestamp_ms(self) -> int:
-        """The record's, or what it would have been."""
+        """The record's, or what it would have been; whoever wrote the letter, none that Kafka reads as a command."""
         given = self.record.timestamp_ms
-        return self.letter.dead_at_ms if given is None or given < 0 else given
+        return max(0, self.letter.dead_at_ms if given is None or given < 0 else given)
 
 
 def redriven_record(one: Pending) -> Record:

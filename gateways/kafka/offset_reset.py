@@ -61,7 +61,7 @@ def target(text: str) -> Target:
         ) from None
     if moment.tzinfo is None:
         moment = moment.replace(tzinfo=datetime.UTC)
-    return Target(text, timestamp_ms=int(moment.timestamp() * 1000))
+    return Target(text, timestamp_ms=max(0, int(moment.timestamp() * 1000)))  # below 0 Kafka reads commands
 
 
 def topic_partitions(text: str) -> tuple[str, tuple[int, ...]]:

@@ -238,6 +238,13 @@ def test_notes_that_fail_hold_nobody_up() -> None:
     assert writing.notes.error == "OSError: no notes"
 
 
+def test_a_time_from_before_all_times_is_the_first_of_them() -> None:
+    one = pending(1)
+    early = attrs.evolve(one.record, timestamp_ms=-5)
+    assert Pending(attrs.evolve(one.letter, dead_at_ms=-62_135_596_800_000), early).timestamp_ms == 0
+    assert moment("0001-01-01T00:00:00Z") == 0
+
+
 def test_the_record_is_as_it_would_have_been_but_for_the_id() -> None:
     one = pending(1)
     again = attrs.evolve(one.record, headers=[(ID_HEADER, b"older"), *one.record.headers], timestamp_ms=None)

@@ -12,7 +12,7 @@ from gateways.kafka import topic_commands
 from gateways.kafka.topic_plan import DENIED
 from mqtt_trio.__main__ import main
 from tests.kafka_fakes import FakeAdmin
-from tests.kafka_support import KafkaNode, unique_name
+from tests.kafka_support import KafkaCluster, KafkaNode, unique_name
 
 CONFIG = """\
 [Kafka]
@@ -240,3 +240,31 @@ def test_a_real_kafka_grows_and_is_configured(
     capsys.readouterr()
     assert topics("apply", 5, "soon", "--yes", "--configs") == 1
     assert "retention.ms" in capsys.readouterr().err
+
+
+@pytest.mark.kafka
+def test_three_brokers_hold_three_replicas(
+    three_kafkas: KafkaCluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "config.toml"
+    names = {purpose: unique_name(purpose.lower()) for purpose in ("Bus", "Retained", "Dlq", "Archive")}
+    sections = "".join(f'[Kafka.Topics.{purpose}]\nName = "{name}"\n' for purpose, name in names.items())
+    path.write_text(
+        f'[Kafka]\nServers = "{three_kafkas.servers}"\n[Kafka.Bus]\nEnabled = true\n{sections}'
+        '[[ArchiveGroups]]\nName = "A"\nStore = "KAFKA"\n'
+    )
+    given = ("--config", str(path))
+    assert main(["topics", "apply", *given]) == 0
+    assert "replication factor   3\n" in (shown := capsys.readouterr().out)
+    assert shown.count("min.insync.replicas  2\n") == 4
+    assert main(["topics", "plan", *given]) == 0
+    fewer = ("--topic", names["Archive"], "--set", "Kafka.Topics.Archive.ReplicationFactor=2")
+    assert main(["topics", "plan", *given, *fewer]) == 3
+    capsys.readouterr()
+    three_kafkas.kill(2)  # the controller of the quorum, maybe, and the leader of some partitions
+    try:
+        assert main(["topics", "plan", *given]) == 0  # three replicas are as planned, also with two brokers
+        grow = ("--topic", names["Archive"], "--set", "Kafka.Topics.Archive.Partitions=15", "--yes")
+        assert main(["topics", "apply", *given, *grow]) == 0
+    finally:
+        three_kafkas.start(2)
