@@ -185,14 +185,17 @@ class Node:
         lines = [f"{name}={value}\n" for name, value in properties(place, self.folder).items()]
         (self.folder / "server.properties").write_text("".join(lines))
 
-    def format(self, installation: Installation) -> subprocess.Popen[str] | None:
-        """Begin to write the cluster id into an empty data folder; `formatted` waits for the end. None: it is there."""
+    def format(self, installation: Installation, *, standalone: bool = True) -> subprocess.Popen[str] | None:
+        """Begin to write the cluster id into an empty data folder; `formatted` waits for the end. None: it is there.
+
+        `standalone`: a single node is its own quorum; without it the properties must name the voters.
+        """
         if (self.folder / "data" / "meta.properties").exists():
             return None
         shutil.rmtree(self.folder / "data", ignore_errors=True)  # what a start that was cut short left
         place = self.place
         assert place is not None
-        kind = ("--standalone",) if len(place.voters) == 1 else ()
+        kind = ("--standalone",) if standalone and len(place.voters) == 1 else ()
         users = kafka_secure.scram_arguments() if place.secured else ()
         arguments = ("format", *kind, *users, "-t", CLUSTER_ID, "-c", str(self.folder / "server.properties"))
         flags = (*QUICK_JVM, *installation.use_archive())

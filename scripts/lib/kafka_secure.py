@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
+from lib.kafka_install import java
 from lib.kafka_process import HOST, KafkaError
 
 LISTENERS: Final = ("SASL_SSL", "SSL", "SASL_PLAINTEXT", "EXPIRED", "WRONGHOST")
@@ -128,11 +129,13 @@ class _Workshop:
         (folder / "ca.cnf").write_text(_CA_CONFIG)
 
     def run(self, command: str, *arguments: str) -> None:
-        if shutil.which(command) is None:
+        beside_java = Path(java()).resolve().parent
+        program = shutil.which(command) or shutil.which(command, path=str(beside_java))
+        if program is None:
             package = {"openssl": "openssl", "keytool": "default-jre-headless"}[command]
             raise KafkaError(f"no {command} found: --secure makes certificates with it (Debian: {package})")
         result = subprocess.run(
-            [command, *arguments],
+            [program, *arguments],
             cwd=self.folder,
             stdin=subprocess.DEVNULL,
             capture_output=True,
