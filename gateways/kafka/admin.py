@@ -17,6 +17,7 @@ from kafka import KafkaConsumer, TopicPartition
 from kafka.admin import ConfigResource, ConfigResourceType, KafkaAdminClient, OffsetSpec, OffsetTimestamp
 from kafka.structs import OffsetAndMetadata
 
+from gateways.kafka.discretion import hide
 from gateways.kafka.groups import GroupState
 from gateways.kafka.options import KafkaOptions
 from gateways.kafka.precheck import probe
@@ -120,8 +121,8 @@ def _taken(group: GroupState | None) -> GatewayError:
 
 
 def words_of(exc: BaseException) -> str:
-    """Return what an exception of kafka-python says, on one line."""
-    return " ".join(f"{type(exc).__name__}: {exc}".split()).removesuffix(":")
+    """Return what an exception of kafka-python says, on one line and without secrets."""
+    return hide(" ".join(f"{type(exc).__name__}: {exc}".split()).removesuffix(":"))
 
 
 class Admin:

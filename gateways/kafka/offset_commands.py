@@ -80,7 +80,8 @@ class OffsetsCommand:
                 return Show(admin, context).run(arguments.group, arguments.topic, as_json=arguments.json)
             topic, numbers = arguments.topic
             order = Order(group=arguments.group, topic=topic, numbers=numbers, to=arguments.to)
-            return Resetter(admin, options, context.console).run(order, execute=arguments.execute)
+            resetter = Resetter(admin, options, context.console)
+            return resetter.run(order, execute=arguments.execute, as_json=arguments.json)
 
 
 COMMAND: Final = OffsetsCommand()

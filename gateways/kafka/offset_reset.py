@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import difflib
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -116,7 +117,7 @@ class Resetter:
         self._options = options
         self._console = console
 
-    def run(self, order: Order, *, execute: bool) -> int:
+    def run(self, order: Order, *, execute: bool, as_json: bool = False) -> int:
         """Show what is done, do it if told to; return the exit code.
 
         Raises:
@@ -127,12 +128,17 @@ class Resetter:
         committed = self._admin.committed(order.group)
         offsets = self._offsets(order, partitions)
         self._check_node(order.group)
-        rows = [
-            (order.group, topic, str(number), str(committed.get((topic, number), "-")), str(offset))
-            for (topic, number), offset in offsets.items()
-        ]
-        titles = ("GROUP", "TOPIC", "PARTITION", "CURRENT-OFFSET", "NEW-OFFSET")
-        self._console.show("\n".join(table([titles, *rows], frozenset((2, 3, 4)))))
+        if as_json:
+            for (topic, number), offset in offsets.items():
+                row = {"group": order.group, "topic": topic, "partition": number}
+                self._console.show(json.dumps({**row, "committed": committed.get((topic, number)), "new": offset}))
+        else:
+            rows = [
+                (order.group, topic, str(number), str(committed.get((topic, number), "-")), str(offset))
+                for (topic, number), offset in offsets.items()
+            ]
+            titles = ("GROUP", "TOPIC", "PARTITION", "CURRENT-OFFSET", "NEW-OFFSET")
+            self._console.show("\n".join(table([titles, *rows], frozenset((2, 3, 4)))))
         if not execute:
             self._console.say("Nothing was changed: --execute does it.")
             return 0

@@ -197,6 +197,14 @@ def test_reset_shows_first_and_does_it_when_told(setting: Setting) -> None:
     ]
     assert captured.err == "Nothing was changed: --execute does it.\n"
     assert setting.offsets() == {0: 4, 1: 3}
+    assert setting.reset("latest", "--json", topic=f"{setting.topic}:2") == 0
+    assert json.loads(setting.capsys.readouterr().out) == {
+        "group": setting.group,
+        "topic": setting.topic,
+        "partition": 2,
+        "committed": None,
+        "new": 0,
+    }
     for to, topic, expected in (
         ("earliest", setting.topic, {0: 0, 1: 0, 2: 0}),
         ("latest", f"{setting.topic}:0", {0: 10, 1: 0, 2: 0}),
