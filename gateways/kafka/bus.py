@@ -68,6 +68,7 @@ class Bus:
         self._producer = producer
         self._consumer = make_consumer(self.on_records)
         self._started = False
+        self._told: set[type[Exception]] = set()
         producer.after_drain = host.flush
         self.sender = BusSender(settings, host, producer.offer, self.window, self.dead_letters)
         self.sender.retain = self._retain
@@ -133,7 +134,9 @@ class Bus:
                     retained.receive(record)
             except Exception as exc:  # whatever is in it: a record never stops those behind it
                 self.inbox.undelivered += 1
-                log.exception("%s-%d@%d could not be delivered", record.topic, record.partition, record.offset)
+                if type(exc) not in self._told:  # a flood of them has one traceback, and the letters tell the rest
+                    self._told.add(type(exc))
+                    log.exception("%s-%d@%d could not be delivered", record.topic, record.partition, record.offset)
                 self.dead_letters.unreadable(
                     record, Reason.UNDELIVERED, f"{type(exc).__name__}: {exc}", type(exc).__name__
                 )

@@ -24,6 +24,7 @@ from gateways.kafka.bus_records import (
 from gateways.kafka.dead_letters import DeadLetters
 from gateways.kafka.nodes import Nodes
 from gateways.kafka.records import ConsumedRecord, Reason
+from mqtt_trio.errors import RemoteProtocolError
 from mqtt_trio.gateway import FrameRun, LocalClient, Message
 
 log = logging.getLogger("gateways.kafka.bus")
@@ -32,7 +33,11 @@ MAX_WRITERS: Final = 65_536
 """(instance, partition) pairs whose last sequence is remembered. Outcome: the one that was silent for longest is
 forgotten, and a record of it that comes twice then counts twice."""
 MAX_PARTS_SIZE: Final = 320 * 1024 * 1024
-"""Bytes of begun bodies, all writers together: more than the largest packet. Outcome: the body is lost, counted."""
+"""Bytes of begun bodies, all writers together: more than the largest packet. Outcome: the body that has waited for its
+next part for longest is lost, counted."""
+
+MAX_VERSIONS_TOLD: Final = 8
+"""Format versions of others that are told; more of them are garbage, and counted only."""
 
 Writer = tuple[bytes, int]
 
@@ -59,6 +64,7 @@ class BusInbox:
         self.missing = 0
         self.malformed = 0
         self.unknown_version = 0
+        self.lost_bodies = 0
         self.undelivered = 0
         """Records that failed on their way to the subscribers; counted by the bus."""
         self.clients: BusClients
@@ -76,6 +82,10 @@ class BusInbox:
         """Take one record; one that cannot be read is counted."""
         self.received += 1
         value = record.value or b""
+        if record.defect is not None:
+            self.malformed += 1
+            self._dead_letters.unreadable(record, Reason.MALFORMED, record.defect)
+            return
         try:
             if value[INSTANCE] == self._instance_id:
                 self.own += 1
@@ -86,11 +96,11 @@ class BusInbox:
                 self._handle(header, value, record)
         except UnknownVersionError as exc:
             self.unknown_version += 1
-            if exc.version not in self._versions_seen:  # at most 256 of them
+            if exc.version not in self._versions_seen and len(self._versions_seen) < MAX_VERSIONS_TOLD:
                 self._versions_seen.add(exc.version)
                 log.warning("%s: such records are left out until this node is upgraded", exc)
             self._dead_letters.unreadable(record, Reason.UNKNOWN_VERSION, str(exc), (value[INSTANCE], exc.version))
-        except BusRecordError as exc:
+        except (BusRecordError, RemoteProtocolError) as exc:  # the latter: packets of a run that no broker writes
             self.malformed += 1
             log.debug("%s-%d@%d: %s", record.topic, record.partition, record.offset, exc)
             self._dead_letters.unreadable(record, Reason.MALFORMED, str(exc), (value[INSTANCE], "malformed"))
@@ -146,8 +156,11 @@ class BusInbox:
         begun.next_sequence = header.sequence + 1
         if not header.flags & Flag.MORE:
             return b"".join(begun.parts)
-        if self._begun_size + begun.size > MAX_PARTS_SIZE:
-            raise BusRecordError("begun bodies take too much room")
+        if begun.size > MAX_PARTS_SIZE or not begun.parts[-1]:
+            raise BusRecordError("a body that is too large, or a part with nothing in it")
+        while self._begun_size + begun.size > MAX_PARTS_SIZE:
+            self._forget_begun(next(iter(self._begun)))
+            self.lost_bodies += 1
         self._begun[writer] = begun
         self._begun_size += begun.size
         return None
@@ -187,5 +200,6 @@ class BusInbox:
             "bus_records_missing": self.missing,
             "bus_records_malformed": self.malformed,
             "bus_records_unknown_version": self.unknown_version,
+            "bus_bodies_lost": self.lost_bodies,
             "bus_records_undelivered": self.undelivered,
         }

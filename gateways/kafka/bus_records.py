@@ -16,7 +16,6 @@ run at QoS 0 are left to `LocalClient.publish_runs`, which reads them anyway.
 from __future__ import annotations
 
 import enum
-import math
 import struct
 from collections.abc import Iterable, Sequence
 from typing import Final, TypeAlias
@@ -55,6 +54,16 @@ HAS_CONTENT_TYPE: Final = 0x08
 HAS_RESPONSE_TOPIC: Final = 0x10
 HAS_CORRELATION: Final = 0x20
 HAS_USER_PROPERTIES: Final = 0x40
+MAX_PACKETS: Final = 131_072
+"""Packets and messages of one record. A node writes fewer: RECORD_SIZE bytes and one item more."""
+SMALL_BODY: Final = 5 * MAX_PACKETS
+"""Bytes of a body that cannot hold more packets: the smallest PUBLISH has five."""
+MAX_PROPERTIES: Final = 262_144
+"""User properties of one message. Outcome: the message does not go to the bus [K4], counted."""
+LONGEST_NAME: Final = 1024
+"""Bytes of a name that stands in logs."""
+LAST_SEQUENCE: Final = 2**53
+"""Far above what any process can write; higher ones would spoil the counters."""
 QOS_BITS: Final = 0x03
 RETAIN_BIT: Final = 0x04
 
@@ -183,6 +192,8 @@ def _encode_properties(properties: MessageProperties) -> tuple[int, bytes]:
             raw = value.encode() if isinstance(value, str) else value
             parts += (LENGTH.pack(len(raw)), raw)
     if properties.user_properties:
+        if len(properties.user_properties) > MAX_PROPERTIES:
+            raise BusRecordError(f"a message with more than {MAX_PROPERTIES} user properties")
         present |= HAS_USER_PROPERTIES
         parts.append(NUMBER.pack(len(properties.user_properties)))
         for pair in properties.user_properties:
@@ -263,6 +274,8 @@ def decode_header(value: bytes) -> Header:
     body_start = HEADER.size + length
     if body_start > len(value):
         raise BusRecordError("the node id runs past the end of the record")
+    if sequence > LAST_SEQUENCE:
+        raise BusRecordError(f"sequence {sequence}")
     try:
         return Header(
             Kind(kind), instance_id, _name(value[HEADER.size : body_start]), sequence, _FLAGS[flags], body_start
@@ -276,9 +289,9 @@ _FLAGS: Final = {number: Flag(number) for number in range(4)}
 
 def _name(raw: bytes) -> str:
     """A name that stands in logs, so without control characters."""
-    if (name := raw.decode()).isprintable():
+    if len(raw) <= LONGEST_NAME and (name := raw.decode()).isprintable():
         return name
-    raise BusRecordError("a name with characters that cannot be shown")
+    raise BusRecordError("a name that is too long, or with characters that cannot be shown")
 
 
 def decode_facts(value: bytes, start: int) -> NodeFacts:
@@ -307,8 +320,11 @@ def decode_items(body: bytes, start: int = 0) -> list[Decoded]:
     """
     items: list[Decoded] = []
     end = len(body)
+    room = MAX_PACKETS if end - start > SMALL_BODY else None
     try:
         while start < end:
+            if room is not None:
+                room -= _packets(body, start, room)
             if body[start] == TAG_RUN:
                 start = _decode_run(body, start, items)
             elif body[start] == TAG_MESSAGE:
@@ -330,7 +346,7 @@ def _decode_run(body: bytes, start: int, items: list[Decoded]) -> int:
     if stop > len(body):
         raise BusRecordError("a run that is longer than its record")
     protocol_version = VERSIONS.get(version)
-    if protocol_version is None or qos > 2 or not math.isfinite(published_at):
+    if protocol_version is None or qos > 2 or not 0 <= published_at <= LATEST:
         raise BusRecordError("a run with an unknown protocol version or QoS, or without a time")
     if not 0 < count <= size // 2:
         raise BusRecordError(f"{count} packets in {size} bytes")
@@ -348,15 +364,33 @@ def _decode_run(body: bytes, start: int, items: list[Decoded]) -> int:
     return stop
 
 
-def split_frames(frames: bytes) -> list[bytes]:
+def _packets(body: bytes, start: int, room: int) -> int:
+    """Count what the next item of a large body holds, before anything is made of it.
+
+    Raises:
+      BusRecordError: more than `room`, or it is no item.
+    """
+    if body[start] == TAG_RUN:
+        _, _, _, client_size, _, count, size = RUN_HEAD.unpack_from(body, start)
+        first = start + RUN_HEAD.size + client_size
+        if count <= room and len(split_frames(body[first : first + size], room)) == count:
+            return int(count)
+    elif room:
+        return 1
+    raise BusRecordError(f"more than {MAX_PACKETS} packets, or a run that says another number than it has")
+
+
+def split_frames(frames: bytes, most: int = MAX_PACKETS) -> list[bytes]:
     """Cut packets that lie side by side.
 
     Raises:
-      BusRecordError: they do not end where `frames` ends.
+      BusRecordError: they do not end where `frames` ends, or are more than `most`.
     """
     pieces: list[bytes] = []
     start, end = 0, len(frames)
     while start < end:
+        if len(pieces) >= most:
+            raise BusRecordError(f"more than {most} packets")
         at, shift, remaining = start + 1, 0, 0
         while True:
             if at >= end or shift > 21:  # four bytes at most [MQTT5-1.5.5]
@@ -385,7 +419,7 @@ def _decode_message(body: bytes, start: int, items: list[Decoded]) -> int:
         raise BusRecordError("a message that is longer than its record")
     if flags & ~(QOS_BITS | RETAIN_BIT) or flags & QOS_BITS == QOS_BITS or present & 0x80:
         raise BusRecordError("a message with unknown flags")
-    if not math.isfinite(published_at) or not topic_size:
+    if not 0 <= published_at <= LATEST or not topic_size:
         raise BusRecordError("a message without a topic or a time")
     properties = NO_PROPERTIES
     topic, client = body[topic_at:client_at].decode(), body[client_at:payload_at].decode()
@@ -402,10 +436,12 @@ def check_topic(topic: str) -> None:
     """Make sure that `topic` may be published to [MQTT5-3.3.2-2].
 
     Raises:
-      BusRecordError: a wildcard, U+0000 or nothing.
+      BusRecordError: a wildcard, U+0000 or nothing, or a node's own.
     """
     if not topic or "#" in topic or "+" in topic or "\0" in topic:
         raise BusRecordError("a Topic Name with a wildcard or U+0000, or an empty one")
+    if topic.startswith("$SYS") and topic[4:5] in ("", "/"):
+        raise BusRecordError("a topic below $SYS, which is each node's own")
 
 
 def _decode_properties(body: bytes, at: int, present: int) -> tuple[MessageProperties, int]:
@@ -428,8 +464,8 @@ def _decode_properties(body: bytes, at: int, present: int) -> tuple[MessagePrope
     if present & HAS_USER_PROPERTIES:
         (count,) = NUMBER.unpack_from(body, at)
         at += NUMBER.size
-        if count > (len(body) - at) // (2 * LENGTH.size):  # before anything is made for a count that lies
-            raise BusRecordError("more user properties than the record has room for")
+        if count > min((len(body) - at) // (2 * LENGTH.size), MAX_PROPERTIES):  # before anything is made for a lie
+            raise BusRecordError("more user properties than there may be, or than the record has room for")
         pairs: list[tuple[str, str]] = []
         for _ in range(count):
             name, at = _take(body, at)

@@ -94,3 +94,5 @@ class ConsumedRecord:
     value: bytes | None
     headers: Headers
     timestamp_ms: int
+    defect: str | None = None
+    """Why kafka-python could not read it: it stands for the rest of a batch, and `value` is the batch, or empty."""

@@ -46,6 +46,8 @@ MAX_OUTSTANDING: Final = 2000
 MAP_KEY: Final = b"\0partitions"
 """Key of the record that says over how many partitions topics are spread; partition 0. U+0000 is in no Topic Name."""
 MOST_PARTITIONS: Final = 100_000
+LONGEST_TOPIC: Final = 65_535
+"""Bytes [MQTT5-1.5.4]."""
 VERSION_HEADER: Final = "mqtt.version"
 NODE_HEADER: Final = "mqtt.node"
 INSTANCE_HEADER: Final = "mqtt.instance"
@@ -203,6 +205,10 @@ class Retained:
     def receive(self, record: ConsumedRecord) -> None:
         """Apply one record of the topic, in the order of the log. Garbage is counted."""
         self.received += 1
+        if record.defect is not None:
+            self.malformed += 1
+            self._dead_letters.unreadable(record, Reason.MALFORMED, record.defect)
+            return
         try:
             if record.key == MAP_KEY:
                 self._spread(self._decode_map(record))  # the last one counts: it is what compaction keeps
@@ -249,8 +255,8 @@ class Retained:
         return count
 
     def _decode(self, record: ConsumedRecord) -> Message:
-        if not record.key:
-            raise BusRecordError("a retained message without a key")
+        if not record.key or len(record.key) > LONGEST_TOPIC:
+            raise BusRecordError("a retained message without a key, or with one that no topic can be")
         try:
             topic = record.key.decode()
         except UnicodeDecodeError:

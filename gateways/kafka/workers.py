@@ -19,6 +19,8 @@ from kafka import KafkaConsumer, KafkaProducer, TopicPartition, codec
 from kafka.net.compat import KafkaNetClient
 from kafka.net.inet import KafkaNetSocket
 
+from gateways.kafka import batches
+from gateways.kafka.batches import Unreadable
 from gateways.kafka.options import KafkaOptions
 from gateways.kafka.records import ConsumedRecord, Reason, Record
 from gateways.kafka.security import security_of
@@ -278,6 +280,17 @@ class Producer:
         return not self._producer._sender.is_alive()
 
 
+def consumed(record: Any) -> ConsumedRecord:
+    """Return a record of kafka-python as one of ours."""
+    value, headers = record.value, record.headers
+    if headers:  # a header may be null
+        headers = [(name, content or b"") for name, content in headers]
+    found = ConsumedRecord(record.topic, record.partition, record.offset, record.key, value, headers, record.timestamp)
+    if type(value) is Unreadable:
+        found.value, found.defect = bytes(value), value.reason
+    return found
+
+
 class Consumer:
     """A KafkaConsumer without a group as the poller uses it."""
 
@@ -293,6 +306,7 @@ class Consumer:
             "max_poll_records": 1000,
         }
         config |= normal_keys(options.consumer)
+        batches.install()
         with leak_safe() as make_client:
             self._consumer = KafkaConsumer(
                 kafka_client=make_client,
@@ -326,9 +340,9 @@ class Consumer:
     def poll(self, timeout: float) -> list[ConsumedRecord]:
         """Return what has come, in order per partition; waits for at most `timeout` seconds."""
         return [
-            ConsumedRecord(r.topic, r.partition, r.offset, r.key, r.value, r.headers, r.timestamp)
+            consumed(record)
             for records in self._consumer.poll(timeout_ms=int(timeout * 1000)).values()
-            for r in records
+            for record in records
         ]
 
     def position(self, partition: tuple[str, int]) -> int:
