@@ -101,13 +101,14 @@ class Inbound:
                 return False
         return True
 
-    def retain(self, message: Message) -> None:
-        """Keep or remove the retained message of a topic [MQTT5-3.3.1-5], [MQTT5-3.3.1-6]."""
+    def retain(self, message: Message, *, waits: bool = False) -> None:
+        """Keep or remove the retained message of a topic [MQTT5-3.3.1-5], [MQTT5-3.3.1-6]. `waits`: who brings it waits
+        for room in the journal, so it is not refused for want of any."""
         broker = self.broker
         retained = broker.retained
         topic_name = message.topic_name
         before = retained.get(topic_name)
-        if kept := not broker.journal.overfull:
+        if kept := waits or not broker.journal.overfull:
             kept = retained.set(message)
             if not kept and retained.drop_expired(message.published_at):
                 kept = retained.set(message)  # expired ones were in the way

@@ -88,7 +88,7 @@ class LocalPublisher:
 
     def set_retained(self, message: Message) -> None:
         """Replace or remove a retained message; nobody is told."""
-        self.broker.inbound.retain(message)
+        self.broker.inbound.retain(message, waits=True)
         self.broker.flush()
 
     def has_room(self, *, tapped: bool = False) -> bool:

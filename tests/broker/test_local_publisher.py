@@ -87,6 +87,21 @@ async def test_a_store_that_fails_gets_no_more_with_each_try(autojump_clock: Clo
     assert [int(delivery.message.payload) for delivery in queue] == list(range(1, 2 * first + 1))
 
 
+async def test_retained_messages_are_kept_although_there_was_no_room_for_all_of_them(autojump_clock: Clock) -> None:
+    """A list of records is looked at once: what is behind the bound in it must not be lost for this node."""
+    gateway = Bringing()
+    gateway.local.set_retained(Message("old", b"1", 1, True))
+    gateway.play.fail("s")
+    for number in range(100):
+        gateway.local.set_retained(Message(f"r/{number}", b"x" * 100, 1, True))
+    gateway.local.set_retained(Message("old", b"", 1, True))
+    assert gateway.journal.overfull
+    assert not gateway.local.has_room()
+    gateway.play.world.commit()
+    assert len(list(gateway.play.restart().broker.retained)) == 100
+    assert gateway.play.world.broker.metrics.retained_refused == 0
+
+
 async def test_what_was_brought_is_told_to_be_kept_once_it_is(autojump_clock: Clock) -> None:
     gateway = Bringing()
     gateway.local.when_kept(gateway.note("nothing came"))

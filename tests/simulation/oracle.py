@@ -120,12 +120,14 @@ def _judge_debts(client: str, interest: Interest, history: History) -> Iterator[
 
 def judge_retained(messages: list[Message], retained: Mapping[str, bytes]) -> Iterator[Violation]:
     """Look at what is retained in the end: of each topic, which has one publisher and one QoS, the last message that
-    was acknowledged, or one behind it that was refused, which may have been too late."""
+    was acknowledged, or one behind it without an answer. One that was refused may be there when it was sent before: its
+    first copy may have been accepted."""
     for topic_name in sorted({message.topic_name for message in messages if message.retain}):
         flow = [message for message in messages if message.topic_name == topic_name]
         acknowledged = [number for number, message in enumerate(flow) if message.taken_at < NEVER]
         last = acknowledged[-1] if acknowledged else 0
-        allowed: set[bytes | None] = {None if message.removes else message.payload for message in flow[last:]}
+        behind = [m for m in flow[last:] if m.taken_at < NEVER or m.refused_at == NEVER or m.attempts > 1]
+        allowed: set[bytes | None] = {None if message.removes else message.payload for message in behind}
         if not acknowledged:
             allowed.add(None)
         if retained.get(topic_name) not in allowed:

@@ -149,7 +149,7 @@ async def test_the_oracle_reports_a_refused_message_that_came_at_qos_2(mock_cloc
         ((1, 1, 1), b"1", False),
         ((1, 1, 1), None, False),
         ((1, 1, 0), b"1", True),
-        ((1, 1, 0), b"2", True),
+        ((1, 1, 0), b"2", False),
         ((1, 1, 0), b"0", False),
         ((0, 0, 0), None, True),
     ],
