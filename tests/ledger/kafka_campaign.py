@@ -70,6 +70,8 @@ class StreamReport:
     messages: int
     acknowledged: int
     refused: int
+    dropped: int
+    """Acknowledged and not there, as `OnOutage = "drop"` says."""
     records: int
     """In the topic, or deliveries."""
     sent_again: int
@@ -102,6 +104,7 @@ class KafkaCampaign:
         self.trouble: list[Violation] = []
         self.found: list[Found] = []
         self.longest_silence = 0.0
+        self.dropped = 0
         self.answers = 0
         self._answered_at = 0.0
         self._worker = ThreadPoolExecutor(1)
@@ -279,13 +282,13 @@ class KafkaCampaign:
         self.stage.network.set(FAIR)
 
     def _outage(self) -> None:
-        """Kafka ends; our node is killed twice before it comes back."""
-        seconds = self.options.seconds
+        """Kafka ends; our node is killed twice before it comes back, unless its counters are to be exact."""
+        seconds, kills = self.options.seconds, 0 if self.options.on_outage in ("drop", "reject") else 2
         self._pause(1.0, 2.0)
         self._do(self.stage.cluster.kill)
         self.faults["outage"] += 1
         began = self.world.now
-        for at in sorted(self.rng.uniform(0.1, 0.9) * seconds for _ in range(2)):
+        for at in sorted(self.rng.uniform(0.1, 0.9) * seconds for _ in range(kills)):
             self.world.run(lambda at=at: self.world.now > began + at, seconds)  # type: ignore[misc]
             self._fault_broker()
             self.faults["broker"] += 1
@@ -343,6 +346,26 @@ class KafkaCampaign:
                 return
             self._pause(1.0, 1.0)
 
+    def _by_policy(self, violations: list[Violation]) -> list[Violation]:
+        """Compare what is missing, or was refused, with the counters of a node that is to drop or to reject [K10]."""
+        policy, messages = self.options.on_outage, self.crew.messages
+        if policy not in ("drop", "reject"):
+            return violations
+        counters = self.nodes[0].server.counters()
+        if policy == "drop":
+            self.dropped = sum(violation.kind == "lost" for violation in violations)
+            counted = counters.get("archive.Ledger.dropped", 0)
+            violations = [violation for violation in violations if violation.kind != "lost"]
+            wrong = self.dropped != counted
+            text = f"counted {counted} dropped messages, {self.dropped} are missing"
+        else:
+            refused = sum(message.refused_at < NEVER for message in messages)
+            refused += self.crew.history.counts["disconnected instead of refused"]
+            counted = counters.get("archive.Ledger.rejected", 0)
+            wrong = counted != refused if self.options.crew.version == "5" else counted < refused
+            text = f"counted {counted} refused messages, publishers know of {refused}"
+        return [*violations, Violation("counter", self.nodes[0].name, text)] if wrong else violations
+
     def _report(self) -> StreamReport:
         crew, history = self.crew, self.crew.history
         violations = [Violation("wire", client, text) for client, text in history.complaints]
@@ -357,7 +380,7 @@ class KafkaCampaign:
             judged, again = judge_stream(crew.messages, self.found, last_life=last)
             violations += judged
             records = len(self.found)
-        violations += self.trouble
+        violations = self._by_policy(violations) + self.trouble
         for node in self.nodes:
             violations += [Violation("broker", node.name, line) for line in node.server.worries()]
         violations.sort(key=lambda violation: violation.kind not in REQUIRED)
@@ -366,6 +389,7 @@ class KafkaCampaign:
             messages=len(crew.messages),
             acknowledged=count_acknowledged(crew.messages),
             refused=sum(message.refused_at < NEVER for message in crew.messages),
+            dropped=self.dropped,
             records=records,
             sent_again=history.counts["publisher's DUP"],
             again_qos1=again.qos1,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
@@ -17,6 +18,7 @@ PORTS: Final = range(18_000, 30_000)
 """Below the ports that systems give to outgoing connections: nobody takes the broker's port while it is down, and no
 client that asks for it there connects to itself."""
 STOP_LIMIT: Final = 30.0
+STOPPED: Final = re.compile(r"^.*\bmqtt_trio: stopped (\{.*\})$", re.MULTILINE)
 WORRIES: Final = re.compile(r"^.*\b(?:Traceback \(most|ERROR|CRITICAL)\b.*$", re.MULTILINE)
 
 
@@ -80,6 +82,12 @@ class Server:
     def last_words(self) -> str:
         """Return the end of the log."""
         return self.log.read_text(errors="replace")[-1500:]
+
+    def counters(self) -> dict[str, int]:
+        """Return the counters of the last process that ended in order."""
+        lines = STOPPED.findall(self.log.read_text(errors="replace"))
+        found: dict[str, int] = json.loads(lines[-1]) if lines else {}
+        return found
 
     def worries(self) -> list[str]:
         """Return what no sound broker logs."""
