@@ -204,7 +204,7 @@ class KafkaCampaign:
             raise CannotMeasure(f"Kafka does not start: {exc}") from exc
         crew = self.crew
         for node in self.nodes:
-            node.start()
+            node.start(timed=False)  # topics are being made
             crew.add_publishers(node.world)
             if self.options.mode == "bus":
                 crew.add_subscribers(node.world)
@@ -239,7 +239,7 @@ class KafkaCampaign:
         node = self.rng.choice(self.nodes)
         node.kill(lose=self.rng.random() < 0.5)
         self._pause(0.0, 0.3)
-        node.start()
+        node.start(timed=wait)
         if wait:
             node.wait()
 

@@ -54,15 +54,15 @@ class Node:
         """Number of the present process."""
         return self.world.generation
 
-    def start(self) -> None:
-        """Start a process; `wait` says when it serves.
+    def start(self, *, timed: bool = True) -> None:
+        """Start a process; `wait` says when it serves. `timed`: `wait` follows at once.
 
         Raises:
           CannotMeasure: there is no such program.
         """
         self.world.generation += 1
         self.world.is_ending = self.world.is_served = False
-        self._started_at = self.world.now
+        self._started_at = self.world.now if timed else None
         try:
             self.server.start()
         except OSError as exc:

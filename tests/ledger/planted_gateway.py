@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 import attrs
 
 from gateways.kafka.bridge import ProducerBridge
 from gateways.kafka.records import Record
 from mqtt_trio.__main__ import main
+from mqtt_trio.archive.groups import ArchiveGroup
+from mqtt_trio.archive.options import ArchiveGroupOptions
 
 EVERY: Final = 300
 """Records of an archive between two faults."""
@@ -82,7 +84,17 @@ def swap() -> None:
     plant(fault)
 
 
-FAULTS = {"lose": lose, "double": double, "swap": swap}
+def acknowledge_early() -> None:
+    """Acknowledgements do not wait for Kafka or the spool, whatever the options say."""
+    make = ArchiveGroup.__init__
+
+    def planted(self: ArchiveGroup, options: ArchiveGroupOptions, *arguments: Any, **more: Any) -> None:
+        make(self, attrs.evolve(options, ack="none"), *arguments, **more)
+
+    ArchiveGroup.__init__ = planted  # type: ignore[method-assign]
+
+
+FAULTS = {"lose": lose, "double": double, "swap": swap, "acknowledge-early": acknowledge_early}
 
 if __name__ == "__main__":
     for name in sys.argv[1].split(","):
