@@ -216,6 +216,8 @@ def test_an_old_java_is_named(tmp_path: Path) -> None:
         ("stop", "--brokers", "3"),
         ("start", "--brokers", "3", "--node", "1"),
         ("start", "--brokers", "3", "--secure"),
+        ("start", "--brokers", "3", "--port", "65534"),
+        ("start", "--secure", "--port", "65531"),
     ],
 )
 def test_wrong_usage_exits_with_2(arguments: tuple[str, ...]) -> None:

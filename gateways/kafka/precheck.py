@@ -21,8 +21,10 @@ from gateways.kafka.security import Security, security_of
 
 LIMIT: Final = 1.8
 """Seconds that a check takes at most."""
-HEAD_START: Final = 0.3
+HEAD_START: Final = 0.5
 """Seconds that the first server has before the others are asked, too."""
+EVERYWHERE: Final = (Fault.OPTIONS, Fault.NO_TOKEN, Fault.LOGIN_REFUSED, Fault.MECHANISM)
+"""Faults that other servers would find as well: they are not asked, a wrong password is tried once."""
 MOST_SERVERS: Final = 8
 """Servers that are asked; others in the list are not."""
 DEFAULT_PORT: Final = 9092
@@ -49,8 +51,11 @@ def probe(
         deadline = time.monotonic() + LIMIT
         security = security_of(options)
         first = _Check(security, servers[0], log_in=log_in)
-        if first.ended.wait(HEAD_START) and first.succeeded:
-            return None
+        if first.ended.wait(HEAD_START):
+            if first.succeeded:
+                return None
+            if (found := first.finish(deadline))[-1].fault in EVERYWHERE:
+                return _explain(servers, [found])
         checks = [first, *(_Check(security, server, log_in=log_in) for server in servers[1:MOST_SERVERS])]
         results = [check.finish(deadline) for check in checks]
         if any(check.succeeded for check in checks) or (certain and any(r[-1].fault is Fault.SILENT for r in results)):

@@ -131,10 +131,10 @@ class Connection:
         self._found(f"is {', '.join(dict.fromkeys(str(address[4][0]) for address in addresses))}")
         self.at = "tcp"
         error: OSError = TimeoutError()
-        for family, kind, protocol, _, address in addresses:
+        for number, (family, kind, protocol, _, address) in enumerate(addresses):
             connection = socket.socket(family, kind, protocol)
             try:
-                connection.settimeout(self._left())
+                connection.settimeout(self._left() / (len(addresses) - number))
                 connection.connect(address)
             except OSError as exc:
                 connection.close()
@@ -267,6 +267,8 @@ class Connection:
         except ErrorCode:
             mend = f'Kafka.Security.Protocol = "{"SSL" if self._security.uses_tls else "PLAINTEXT"}" fits this port'
             raise Failed("mechanism", Fault.NO_LOGIN, "takes no login (SASL) on this port", mend) from None
+        except TimeoutError:
+            raise Failed("mechanism", Fault.SILENT, "does not answer when we want to log in") from None
         except (OSError, EOFError, NotKafkaError, struct.error):
             raise Failed("mechanism", Fault.LOST, "ends the connection at the login") from None
         if others:
@@ -278,7 +280,9 @@ class Connection:
             greeting.authenticate(self._security.login(self._host))
         except TokenError as exc:
             raise Failed("login", Fault.NO_TOKEN, f"is not asked to let us in: {exc}") from None
-        except (TimeoutError, EOFError, OSError):
+        except TimeoutError:  # it may also make those wait whom it refuses
+            raise Failed("login", Fault.SILENT, "does not answer the login") from None
+        except (EOFError, OSError):
             raise Failed("login", Fault.LOST, "ends the connection within the login") from None
         except ErrorCode as exc:
             raise self._login_refused(exc.text) from None

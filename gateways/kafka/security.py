@@ -15,6 +15,7 @@ import os
 import secrets
 import ssl
 import threading
+import urllib.parse
 from collections.abc import Callable, Iterator
 from typing import Any, Final, TypeVar
 
@@ -31,6 +32,7 @@ from mqtt_trio.errors import ConfigError
 log = logging.getLogger("gateways.kafka")
 
 PASSWORD_MECHANISMS: Final = ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512")
+LOOPBACK: Final = ("localhost", "127.0.0.1", "::1")
 _PARTS: Final = {"location": "Location", "password": "Password"}
 _T = TypeVar("_T")
 
@@ -80,6 +82,8 @@ class Security:
                 problems += exc.problems
         if problems:
             raise ConfigError(problems)
+        for warning in self._warnings():
+            log.warning("%s", warning)
 
     def client_config(self) -> dict[str, Any]:
         """Return the options of any kafka-python client.
@@ -203,6 +207,21 @@ class Security:
             raise ConfigError([f"{key}: {file}: {exc}"]) from None
 
     # What is wrong
+
+    def _warnings(self) -> Iterator[str]:
+        """Find what works and gives secrets to whoever listens on the way."""
+        options = self.options
+        if options.protocol == "SASL_PLAINTEXT" and options.sasl_mechanism in ("PLAIN", "OAUTHBEARER"):
+            yield (
+                f'Kafka.Security.Protocol: with "SASL_PLAINTEXT", {options.sasl_mechanism} sends its secret in the '
+                "clear; SASL_SSL does not, nor does SCRAM-SHA-512"
+            )
+        url = urllib.parse.urlsplit(options.sasl_oauth_token_endpoint_url or "")
+        if url.scheme == "http" and url.hostname not in LOOPBACK:
+            yield (
+                "Kafka.Security.SaslOauthTokenEndpointUrl: over http:// the client secret and the token are sent in "
+                "the clear; https:// does not"
+            )
 
     def _login_problems(self) -> Iterator[str]:
         options, section = self.options, "Kafka.Security"

@@ -7,7 +7,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -54,6 +54,17 @@ def test_every_fault_has_its_own_words(secure_kafka: SecureKafka, name: str) -> 
     assert expected in reason
     assert "\n" not in reason
     assert "-secret" not in reason
+
+
+@pytest.mark.kafka
+def test_a_wrong_password_is_tried_at_one_server_only(
+    secure_kafka: SecureKafka, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateways.kafka.precheck.HEAD_START", LIMIT)
+    wrong = options_of(secure_kafka, FAULTS["wrong password"][0](secure_kafka))
+    reason = probe(wrong)([*wrong.server_names, "127.0.0.1:1", "127.0.0.1:2"])
+    assert str(reason).count("127.0.0.1") == 1
+    assert "refuses the login of alice" in str(reason)
 
 
 @pytest.mark.kafka
@@ -224,6 +235,41 @@ def test_brokers_that_send_clients_on_to_nowhere_are_told() -> None:
     assert step.fault is Fault.ADVERTISED
     assert "no-such-host.invalid:9092 cannot be found" in step.text
     assert "advertised.listeners" in step.mend
+
+
+def test_a_login_that_gets_no_answer_is_silence() -> None:
+    def behave(connection: socket.socket) -> None:
+        connection.recv(4096)
+        connection.sendall(API_VERSIONS)
+        connection.recv(4096)
+        connection.sendall(b"\0\0\0\x0a\0\0\0\1\0\0\0\0\0\0")  # it has the mechanism
+        reads_until_the_end(connection)
+
+    security = SecurityOptions(
+        protocol="SASL_PLAINTEXT", sasl_mechanism="PLAIN", sasl_username="u", sasl_password="p-secret"
+    )
+    with serving(behave) as server:
+        options = KafkaOptions(servers=server, security=security)
+        step = precheck(options, server)[-1]
+        assert probe(options, certain=True)([server]) is None
+    assert (step.name, step.fault, step.text) == ("login", Fault.SILENT, "does not answer the login")
+
+
+def test_an_address_that_is_a_black_hole_leaves_time_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(says(API_VERSIONS)) as server, socket.socket() as full:
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        with ExitStack() as stack:
+            for _ in range(3):  # a queue of one that nobody takes from: the next connection hangs
+                waiting = stack.enter_context(socket.socket())
+                waiting.setblocking(False)
+                waiting.connect_ex(full.getsockname())
+            answers = [
+                (socket.AF_INET, socket.SOCK_STREAM, 6, "", each) for each in (full.getsockname(), split_server(server))
+            ]
+            monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: answers)
+            steps = precheck(KafkaOptions(servers="k"), "k")
+    assert [step.name for step in steps if step.fault is None][:3] == ["name", "tcp", "kafka"]
 
 
 def test_tls_that_is_no_kafka(tmp_path: Path) -> None:

@@ -200,6 +200,35 @@ def test_clients_take_no_security_of_their_own() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    "table,warning",
+    [
+        ({**SCRAM, "protocol": "SASL_PLAINTEXT"}, None),
+        (
+            {**SCRAM, "protocol": "SASL_PLAINTEXT", "sasl_mechanism": "PLAIN"},
+            'Kafka.Security.Protocol: with "SASL_PLAI',
+        ),
+        ({**SCRAM, "sasl_mechanism": "PLAIN"}, None),
+        ({**ENDPOINT, "sasl_oauth_client_id": "me", "sasl_oauth_client_secret": "x-secret"}, None),
+        (
+            {**ENDPOINT, "sasl_oauth_client_id": "me", "sasl_oauth_client_secret": "x-secret"}
+            | {"sasl_oauth_token_endpoint_url": "http://login.example/token"},
+            "Kafka.Security.SaslOauthTokenEndpointUrl: over http:// the client secret",
+        ),
+        (
+            {**ENDPOINT, "sasl_oauth_client_id": "me", "sasl_oauth_client_secret": "x-secret"}
+            | {"sasl_oauth_token_endpoint_url": "http://127.0.0.1:7/token"},
+            None,
+        ),
+    ],
+)
+def test_secrets_in_the_clear_are_told(
+    table: Mapping[str, Any], warning: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    security_for(table, {}).check()
+    assert [text[:40] for text in caplog.messages] == ([warning[:40]] if warning else [])
+
+
 # Secrets from elsewhere
 
 
