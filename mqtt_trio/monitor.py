@@ -139,8 +139,9 @@ class Monitor:
                 yield listener.trouble
         if node.broker.keeper.outage_since is not None:
             yield f"the session store takes nothing: {node.broker.journal.failing}"
+        told = {section.upper() for section in node.gateways}  # once for all groups that store there
         for group in node.groups:
-            if (trouble := group.store.trouble()) is not None:
+            if group.options.store not in told and (trouble := group.store.trouble()) is not None:
                 yield f"archive group {group.options.name}: {trouble}"
         for gateway in node.gateways.values():
             yield from gateway.unready()

@@ -161,8 +161,12 @@ class KafkaGateway:
             return []
         if (reason := self.cluster.reason) is not None:
             return [f"Kafka at {', '.join(self.cluster.servers)} is away: {reason}"]
-        missing = [topic for topic in topics if self.cluster.facts(topic) is None]
-        reasons = [f"Kafka topic {topic} is missing or without a leader" for topic in missing]
+        reasons = []
+        for topic in topics:
+            if (trouble := self.cluster.trouble(topic)) is not None:
+                reasons.append(trouble.text)
+            elif self.cluster.facts(topic) is None:
+                reasons.append(f"Kafka topic {topic} is missing or without a leader")
         if self._bus is not None and not self._bus.ready:
             reasons.append("this node has not joined the bus yet")
         return reasons

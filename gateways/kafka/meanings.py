@@ -13,6 +13,8 @@ _PRODUCER: Final = {
     "records_failed": "Records that Kafka will never have.",
     "records_resent": "Records that were sent again by a new producer because they had no outcome.",
     "rebuilds": "Producers that were replaced.",
+    "threads_left": "Threads that did not end and were left behind.",
+    "threads_hung": "Times that a thread did not come back from a call of the client library.",
 }
 
 _BUS: Final = {
@@ -33,6 +35,10 @@ _BUS: Final = {
     "records_missing": "Records of other nodes that never came.",
     "records_malformed": "Records that cannot be read; left out.",
     "records_unknown_version": "Records in a version that this node does not know; left out.",
+    "clients_announced": "Clients whose connection was told to the other nodes.",
+    "clients_taken_over": "Clients and sessions that ended because their client is on another node now.",
+    "clients_forgotten": "Clients that were not told to the other nodes because too many waited for that.",
+    "bodies_lost": "Bodies over several records, a part of which never came.",
     "records_undelivered": "Records that could not be delivered by an error of this node.",
 }
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import ast
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import pytest
 import trio
 
-from gateways.kafka import presence
+from gateways.kafka import meanings, presence
 from gateways.kafka.cluster import Cluster, TopicFacts
 from gateways.kafka.kafka_gateway import KafkaGateway
+from gateways.kafka.meanings import MEANINGS
 from gateways.kafka.options import BusOptions, KafkaOptions
 from tests.gateway_support import told
 
@@ -41,6 +44,24 @@ def test_an_archive_group_misses_kafka_and_its_topic() -> None:
 def test_the_bus_misses_its_topics() -> None:
     gateway = KafkaGateway(KafkaOptions(servers=KAFKA, bus=BusOptions(enabled=True, topic="b")))
     assert gateway.unready() == [f"Kafka topic {t} is missing or without a leader" for t in ("b", "mqtt.retained")]
+
+
+def counters_in(path: Path) -> Iterator[str]:
+    """Yield the keys of the tables that functions named `counters` make."""
+    for function in ast.walk(ast.parse(path.read_text())):
+        if isinstance(function, ast.FunctionDef) and function.name == "counters":
+            for table in ast.walk(function):
+                for key in table.keys if isinstance(table, ast.Dict) else ():
+                    if isinstance(key, ast.Constant):
+                        yield str(key.value)
+
+
+def test_every_counter_says_what_it_counts() -> None:
+    """Read from the source: to see them all at work takes a Kafka."""
+    found = {name for path in Path(meanings.__file__).parent.glob("*.py") for name in counters_in(path)}
+    assert len(found) > 30
+    assert {name for name in found if not any(f"_{known}".endswith(f"_{name}") for known in MEANINGS)} == set()
+    assert [name for name, meaning in MEANINGS.items() if not meaning.endswith(".")] == []
 
 
 async def test_a_node_without_traffic_finds_out(monkeypatch: pytest.MonkeyPatch, nursery: trio.Nursery) -> None:

@@ -52,8 +52,8 @@ def test_readiness_while_kafka_is_away(own_kafka: KafkaNode, brokers: Brokers) -
     own_kafka.kill()
     for port in ports:
         wait_for_readiness(port, 503)
-        reasons = json.loads(get(port, "/readyz")[1])["reasons"]
-        assert reasons == [f"Kafka at {own_kafka.servers} is away: {own_kafka.servers} refuses connections"]
+        (reason,) = json.loads(get(port, "/readyz")[1])["reasons"]
+        assert reason.startswith(f"Kafka at {own_kafka.servers} is away: {own_kafka.servers} refuses connections")
         assert get(port, "/healthz")[0] == 200
     with PahoClient(archiving) as client:
         client.subscribe("a")
