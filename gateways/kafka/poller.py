@@ -36,6 +36,7 @@ class ConsumerLike(Protocol):
     """What the poller needs of `workers.Consumer`."""
 
     def partitions(self, topic: str) -> list[int]: ...
+    def identity(self, topic: str) -> object: ...
     def first_offsets(self, partitions: Sequence[Partition]) -> Mapping[Partition, int]: ...
     def end_offsets(self, partitions: Sequence[Partition]) -> Mapping[Partition, int]: ...
     def assign(self, offsets: Mapping[Partition, int]) -> None: ...
@@ -89,6 +90,10 @@ class Poller:
         self._hand_over = hand_over
         self._consumer: ConsumerLike | None = None
         self._next: dict[Partition, int] = {}
+        self._targets_changed = False
+        self._gone: set[str] = set()
+        self._identities: dict[str, object] = {}
+        """Topics as they were when their positions were taken: one that is made again has another identity."""
         self._targets: dict[Partition, int] | None = None
         """Where the partitions that are read from the beginning ended at the start; those not reached yet."""
         self._halt = threading.Event()
@@ -106,7 +111,7 @@ class Poller:
         other = Poller(self.name, self._open_consumer, self._cluster, tuple(self._assignments.items()), self._hand_over)
         other.lag, other.received, other.rebuilds = self.lag, self.received, self.rebuilds + 1
         other.on_positions_known, other.on_caught_up = self.on_positions_known, self.on_caught_up
-        other._next = dict(self._next)
+        other._next, other._identities = dict(self._next), dict(self._identities)
         other._targets = None if self._targets is None else dict(self._targets)
         return other
 
@@ -158,6 +163,10 @@ class Poller:
         self._cluster.back(self.name)
         if self._targets is None:
             self._know_positions(consumer)
+        elif self._targets_changed:
+            self._targets_changed = False
+            self._set_targets(consumer)
+            self._look_for_targets(consumer)
         self._progress_at = time.monotonic()
         while True:
             self._alive("waiting for records")
@@ -182,8 +191,13 @@ class Poller:
             self._alive("looking for partitions")
             partitions = consumer.partitions(topic)
             if not partitions:
-                self._cluster.want(topic)
+                self._cluster.forget(topic)
                 raise UnknownTopicError(f"there is no topic {topic}")
+            if self._is_another(consumer, topic):
+                log.warning("Kafka topic %s was deleted and made again: it is read from its beginning", topic)
+                self._forget(topic)
+                start = "beginning"
+            self._identities[topic] = consumer.identity(topic)
             grown = any(known == topic for known, _ in self._next)  # its other partitions were read before
             for number in partitions:
                 if (topic, number) not in self._next:
@@ -195,16 +209,31 @@ class Poller:
             self._next.update(consumer.first_offsets(at_beginning))
         consumer.assign(self._next)
 
+    def _is_another(self, consumer: ConsumerLike, topic: str) -> bool:
+        known, now = self._identities.get(topic), consumer.identity(topic)
+        return known is not None and now is not None and known != now
+
+    def _forget(self, topic: str) -> None:
+        """Forget where `topic` was read: kafka-python would go on at the end of the new one, as behind a log that was
+        cut."""
+        for partition in [p for p in self._next if p[0] == topic]:
+            del self._next[partition]
+            if self._targets and self._targets.pop(partition, None) is not None:
+                self._targets_changed = True
+
     def _know_positions(self, consumer: ConsumerLike) -> None:
         """Once: tell that nothing will be missed from now on, and how far there is to read."""
         self._alive("asking for positions")
-        history = [p for p in self._next if self._assignments[p[0]] == "beginning"]
-        ends = consumer.end_offsets(history) if history else {}
-        self._targets = {p: end for p, end in ends.items() if end > self._next[p]}
+        self._set_targets(consumer)
         if self.on_positions_known is not None:
             self._give(self.on_positions_known)
         if not self._targets and self.on_caught_up is not None:
             self._give(self.on_caught_up)
+
+    def _set_targets(self, consumer: ConsumerLike) -> None:
+        history = [p for p in self._next if self._assignments[p[0]] == "beginning"]
+        ends = consumer.end_offsets(history) if history else {}
+        self._targets = {p: end for p, end in ends.items() if end > self._next[p]}
 
     def _look_for_targets(self, consumer: ConsumerLike) -> None:
         assert self._targets is not None
@@ -273,9 +302,22 @@ class Poller:
             self._cluster.away(self.name, reason)
 
     def _look_for_growth(self, consumer: ConsumerLike) -> None:
-        """Read new partitions as soon as the client knows of them: it asks Kafka every `metadata_max_age_ms`."""
+        """Read new partitions, and topics that were made again, as soon as the client knows of them.
+
+        It asks Kafka every `metadata_max_age_ms`.
+        """
         for topic in self._assignments:
-            if any((topic, number) not in self._next for number in consumer.partitions(topic)):
-                log.info("Kafka topic %s has grown to %d partitions", topic, len(consumer.partitions(topic)))
+            partitions = consumer.partitions(topic)
+            if not partitions:
+                if topic not in self._gone:  # it is made again, if somebody may
+                    self._gone.add(topic)
+                    self._cluster.forget(topic)
+                continue
+            self._gone.discard(topic)
+            if self._is_another(consumer, topic):
+                # In this consumer's hands are answers about the old topic, which would move it on in the new one.
+                raise UnknownTopicError(f"topic {topic} is another one now")
+            if any((topic, number) not in self._next for number in partitions):
+                log.info("Kafka topic %s has grown to %d partitions", topic, len(partitions))
                 self._assign(consumer)
                 return

@@ -320,6 +320,10 @@ class Consumer:
         """Return the partitions of `topic` as the client knows them; none when there is no such topic."""
         return sorted(self._consumer.partitions_for_topic(topic))
 
+    def identity(self, topic: str) -> object:
+        """Return what tells `topic` from an earlier one of its name; None: the client does not know."""
+        return self._consumer._client.cluster.topic_id(topic)
+
     def first_offsets(self, partitions: Sequence[tuple[str, int]]) -> dict[tuple[str, int], int]:
         """Return the offset of the oldest record of each partition."""
         found = self._consumer.beginning_offsets([TopicPartition(*p) for p in partitions], OFFSETS_TIMEOUT_MS)

@@ -11,7 +11,7 @@ import pytest
 import trio
 
 from gateways.kafka.bridge import SLOTS, ConsumerBridge
-from gateways.kafka.cluster import Cluster
+from gateways.kafka.cluster import Cluster, TopicFacts
 from gateways.kafka.options import KafkaOptions
 from gateways.kafka.poller import Poller
 from gateways.kafka.records import ConsumedRecord
@@ -28,8 +28,15 @@ class Hang(Exception):
 class FakeConsumer:
     """Reads a log in memory: `kafka[partition]` are values, offsets their indexes."""
 
-    def __init__(self, kafka: dict[tuple[str, int], list[bytes]], faults: list[Exception]) -> None:
+    def __init__(
+        self,
+        kafka: dict[tuple[str, int], list[bytes]],
+        faults: list[Exception],
+        lives: dict[str, int] | None = None,
+    ) -> None:
         self.kafka = kafka
+        self.lives = lives if lives is not None else {}
+        """How often each topic was deleted and made again."""
         self.faults = faults
         self.at: dict[tuple[str, int], int] = {}
         self.connected = True
@@ -38,6 +45,9 @@ class FakeConsumer:
 
     def partitions(self, topic: str) -> list[int]:
         return sorted(number for name, number in self.kafka if name == topic)
+
+    def identity(self, topic: str) -> object:
+        return self.lives.get(topic, 0)
 
     def first_offsets(self, partitions: Sequence[tuple[str, int]]) -> Mapping[tuple[str, int], int]:
         return dict.fromkeys(partitions, 0)
@@ -57,7 +67,7 @@ class FakeConsumer:
             raise fault
         found = []
         for partition, offset in self.at.items():
-            values = self.kafka[partition][offset:]
+            values = self.kafka.get(partition, [])[offset:]
             found += [ConsumedRecord(*partition, offset + i, None, v, [], 0) for i, v in enumerate(values)]
             self.at[partition] = offset + len(values)
         if not found:
@@ -68,7 +78,7 @@ class FakeConsumer:
         return self.at[partition]
 
     def highwater(self, partition: tuple[str, int]) -> int | None:
-        return len(self.kafka[partition])
+        return len(self.kafka.get(partition, []))
 
     def close(self) -> None:
         self.closed.set()
@@ -80,6 +90,7 @@ class FakeConsumer:
 class Reading:
     kafka: dict[tuple[str, int], list[bytes]]
     faults: list[Exception] = attrs.field(factory=list)
+    lives: dict[str, int] = attrs.field(factory=dict)
     lists: list[list[ConsumedRecord]] = attrs.field(factory=list)
     changed: trio.Event = attrs.field(factory=trio.Event)
     told: list[str] = attrs.field(factory=list)
@@ -103,7 +114,7 @@ class Reading:
             KafkaOptions(), cluster or Cluster(["k"]), assignments, self.on_records,  # type: ignore[arg-type]
             on_positions_known=lambda: self.told.append("known"),
             on_caught_up=lambda: self.told.append("caught up"),
-            open_consumer=lambda: FakeConsumer(self.kafka, self.faults),
+            open_consumer=lambda: FakeConsumer(self.kafka, self.faults, self.lives),
         )  # fmt: skip
 
 
@@ -272,6 +283,30 @@ async def test_partitions_that_come_later_are_read_from_their_beginning(monkeypa
         await reading.until(2)
         nursery.cancel_scope.cancel()
     assert reading.values() == [b"first", b"second"]
+
+
+async def test_a_topic_that_was_deleted_and_made_again_is_read_from_its_beginning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("gateways.kafka.poller.LOOK_INTERVAL", 0.0)
+    reading, cluster = Reading({("live", 0): [b"old"] * 5, ("kept", 0): []}), Cluster(["k"])
+    cluster.know("live", TopicFacts(partitions=1))
+    bridge = reading.bridge(("live", "end"), ("kept", "beginning"), cluster=cluster)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(bridge.run)
+        with trio.fail_after(LIMIT):
+            await bridge.positions_known.wait()
+        reading.kafka["live", 0].append(b"before")
+        await reading.until(1)
+        del reading.kafka["live", 0]
+        await told(cluster, lambda: "live" in cluster.wanted)  # whoever keeps topics makes it again
+        reading.lives["live"] = 1
+        reading.kafka["live", 0] = [b"behind", b"it"]
+        await reading.until(3)
+        nursery.cancel_scope.cancel()
+    assert reading.values() == [b"before", b"behind", b"it"]
+    assert "Kafka topic live was deleted and made again" in caplog.text
+    assert bridge.counters()["rebuilds"] == 0
 
 
 async def test_an_error_of_the_reader_ends_the_bridge() -> None:

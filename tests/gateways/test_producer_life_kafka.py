@@ -14,20 +14,24 @@ import attrs
 import kafka as client
 import pytest
 import trio
+from kafka.admin import ACL, ACLFilter, ACLOperation, ACLPermissionType, ResourcePattern, ResourceType
 
 from gateways.kafka import feeder
-from gateways.kafka.bridge import ProducerBridge, Record
+from gateways.kafka.bridge import ConsumedRecord, ConsumerBridge, ProducerBridge, Record
 from gateways.kafka.cluster import Cluster
 from gateways.kafka.options import KafkaOptions
 from gateways.kafka.precheck import probe
+from gateways.kafka.records import Reason, RecordRefusedError
 from gateways.kafka.topic_plan import TopicPlan
 from gateways.kafka.topics import TopicManager
 from gateways.kafka.workers import quiet_loggers
 from tests.gateway_support import LIMIT
-from tests.kafka_support import KafkaNode, unique_name
+from tests.gateways.secured import login, options_of, trust
+from tests.kafka_support import KafkaNode, SecureKafka, unique_name
 
 pytestmark = pytest.mark.kafka
 PARTITIONS = 3
+USER = "User:limited"
 BOUNDED = 0.25
 """Share of a core that our process may take while nothing can be sent; kafka-python alone takes half of one."""
 
@@ -70,8 +74,9 @@ class Life:
 
 
 @asynccontextmanager
-async def living(servers: str, *plans: TopicPlan, delivery_timeout: float = 60.0) -> AsyncIterator[Life]:
-    options = KafkaOptions(servers=servers, producer={"delivery.timeout.ms": int(delivery_timeout * 1000)})
+async def living(kafka: str | KafkaOptions, *plans: TopicPlan, delivery_timeout: float = 60.0) -> AsyncIterator[Life]:
+    options = KafkaOptions(servers=kafka) if isinstance(kafka, str) else kafka
+    options = attrs.evolve(options, producer={"delivery.timeout.ms": int(delivery_timeout * 1000)})
     cluster = Cluster(options.server_names, probe(options))
     topics = TopicManager(options, cluster, plans)
     bridge = ProducerBridge(
@@ -159,13 +164,26 @@ async def test_kafka_frozen_for_longer_than_the_delivery_timeout(own_kafka: Kafk
 async def test_a_topic_deleted_under_load_is_made_again_and_nothing_offered_is_lost(kafka: KafkaNode) -> None:
     gone, other = unique_name("gone"), unique_name("other")
     plans = [TopicPlan(name=name, partitions=PARTITIONS) for name in (gone, other)]
+    read_along: set[tuple[int, bytes | None]] = set()
+
+    def on_records(records: list[ConsumedRecord]) -> None:
+        read_along.update((record.partition, record.value) for record in records)
+        life.changed.set()
+
     async with living(kafka.servers, *plans) as life:
+        consumer = ConsumerBridge(KafkaOptions(servers=kafka.servers), life.cluster, [(gone, "end")], on_records)
         async with trio.open_nursery() as nursery:
+            await nursery.start(consumer.run)
+            with trio.fail_after(LIMIT):
+                await consumer.positions_known.wait()
             nursery.start_soon(life.load, [gone, other])
             await life.until(lambda: len(life.outcomes) > 300)
             await trio.to_thread.run_sync(delete, kafka.servers, gone)
             deleted_at = life.offered
             await life.until(lambda: any(number >= deleted_at + 600 for number in life.outcomes))
+            there = await trio.to_thread.run_sync(read, kafka.servers, gone)
+            expected_there = {(p, b"%d" % number) for p, numbers in enumerate(there) for number in numbers}
+            await life.until(lambda: expected_there <= read_along)  # not only what came behind the old position
             nursery.cancel_scope.cancel()
         await life.until(lambda: len(life.outcomes) == life.offered)
         assert set(life.outcomes.values()) == {None}
@@ -204,3 +222,82 @@ async def test_a_topic_that_nobody_makes_again_costs_no_core(kafka: KafkaNode, m
         assert await share_of_a_core(1) < BOUNDED / 2
         assert life.bridge.outstanding_records == 10
         assert not life.cluster.is_away
+
+
+class Rights:
+    """What the user `limited` may do with topics."""
+
+    def __init__(self, kafka: SecureKafka) -> None:
+        self.servers = kafka.servers
+        self.options = options_of(kafka, ("SASL_SSL", login(kafka, "PLAIN", "limited"), trust(kafka)))
+
+    def make(self, *topics: str) -> None:
+        admin: Any = client.KafkaAdminClient(bootstrap_servers=self.servers)
+        try:
+            admin.create_topics({topic: {"num_partitions": PARTITIONS, "replication_factor": 1} for topic in topics})
+            for topic in topics:
+                admin.create_acls([self._acl(topic, ACLOperation.DESCRIBE), self._acl(topic, ACLOperation.WRITE)])
+        finally:
+            admin.close()
+
+    def may_write(self, topic: str, *, allowed: bool) -> None:
+        admin: Any = client.KafkaAdminClient(bootstrap_servers=self.servers)
+        try:
+            if allowed:
+                admin.create_acls([self._acl(topic, ACLOperation.WRITE)])
+            else:
+                pattern = ResourcePattern(ResourceType.TOPIC, topic)
+                admin.delete_acls([ACLFilter(USER, "*", ACLOperation.WRITE, ACLPermissionType.ANY, pattern)])
+        finally:
+            admin.close()
+
+    @staticmethod
+    def _acl(topic: str, operation: ACLOperation) -> ACL:
+        return ACL(USER, "*", operation, ACLPermissionType.ALLOW, ResourcePattern(ResourceType.TOPIC, topic))
+
+
+async def test_a_right_taken_away_under_load_and_given_back(
+    secure_kafka: SecureKafka, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateways.kafka.topics.PATIENCE", 0.3)
+    closed, other = unique_name("closed"), unique_name("other")
+    rights = Rights(secure_kafka)
+    await trio.to_thread.run_sync(rights.make, closed, other)
+    plans = [TopicPlan(name=name, partitions=PARTITIONS) for name in (closed, other)]
+    async with living(rights.options, *plans) as life:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(life.load, [closed, other])
+            await life.until(lambda: len(life.outcomes) > 200)
+            await trio.to_thread.run_sync(partial(rights.may_write, closed, allowed=False))
+            await life.until(lambda: life.cluster.trouble(closed) is not None)
+            before = life.offered
+            await life.until(lambda: any(number > before + 60 for number in life.outcomes))  # the other one flows
+            assert life.bridge.counters()["rebuilds"] <= 2
+            assert not life.cluster.is_away
+            await trio.to_thread.run_sync(partial(rights.may_write, closed, allowed=True))
+            await life.until(lambda: life.cluster.trouble(closed) is None)
+            nursery.cancel_scope.cancel()
+        await life.until(lambda: len(life.outcomes) == life.offered)
+        assert set(life.outcomes.values()) == {None}
+        found = {name: await trio.to_thread.run_sync(read, secure_kafka.servers, name) for name in (closed, other)}
+    for number, name in enumerate((closed, other)):
+        for partition, numbers in enumerate(found[name]):
+            assert first_ones(numbers) == list(range(number * PARTITIONS + partition, life.offered, 2 * PARTITIONS))
+
+
+async def test_what_nobody_allows_is_given_up(secure_kafka: SecureKafka, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gateways.kafka.topics.PATIENCE", 0.3)
+    closed = unique_name("closed")
+    rights = Rights(secure_kafka)
+    await trio.to_thread.run_sync(rights.make, closed)
+    plan = TopicPlan(name=closed, partitions=PARTITIONS)
+    async with living(rights.options, plan, delivery_timeout=1.5) as life:
+        life.offer(closed)
+        await life.until(lambda: len(life.outcomes) == 1)
+        await trio.to_thread.run_sync(partial(rights.may_write, closed, allowed=False))
+        for _ in range(5):
+            life.offer(closed)
+        await life.until(lambda: len(life.outcomes) == 6)
+        errors = [life.outcomes[number] for number in range(1, 6)]
+        assert {error.reason for error in errors if isinstance(error, RecordRefusedError)} == {Reason.DENIED}
+        assert {str(error) for error in errors} == {f"this node may not write to Kafka topic {closed}"}
