@@ -160,9 +160,11 @@ class Connections:
         if session is None or session.link is not link:
             return
         broker = self.broker
+        if session.acks:
+            broker.keeper.abandoned(session, link.outbox)
+            session.acks.clear()
         session.link = session.outbox = link.outbox.session = None
         link.lane = None
-        session.acks.clear()
         session.forget_routes()
         broker.metrics.clients_connected -= 1
         broker.emit(

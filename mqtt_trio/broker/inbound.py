@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from mqtt_trio.broker.journal import AGAIN, TURN, Kept, positive
+from mqtt_trio.broker.journal import AGAIN, TURN, Freeing, Kept, positive
 from mqtt_trio.broker.message import Message
 from mqtt_trio.broker.outbox import ClientLink, Outbox
 from mqtt_trio.broker.reasons import NO_SUCH_IDENTIFIER, why_not_published
@@ -191,9 +191,11 @@ class Inbound:
         while acks and acks[0].waiting_for == 0:
             ack = acks.pop(0)
             kept = ack.kept
+            if kept is not None and ack.qos == 2 and ack.packet_id not in session.received:
+                ack.refused = ReasonCode.QUOTA_EXCEEDED  # the store failed meanwhile, and its first one was taken back
             if kept is not None and kept != AGAIN and kept[1] <= safe:
                 kept = None  # the store has it by now
-            if ack.refused is None and (kept is not None or link.outbox.answers_wait):
+            if ack.refused is None and not ack.negative and (kept is not None or link.outbox.answers_wait):
                 self.hold(link.outbox, ack.qos, ack.packet_id, kept)
                 continue
             frame = ack.frame if ack.refused is None else ack.on_refused(ack.refused)
@@ -210,13 +212,15 @@ class Inbound:
         if link.connection.protocol_version != ProtocolVersion.MQTT_5_0:
             link.end(reason_code, "the message was refused")
             return b""
+        frees = qos == 2 and packet_id in session.received_kept
         if qos == 2:
             session.received.discard(packet_id)
             session.gates.pop(packet_id, None)
             self.broker.keeper.freed(session, packet_id)
         told = why_not_published(reason_code, self.broker.limits)
         packet = PubAck(packet_id, reason_code, told) if qos == 1 else PubRec(packet_id, reason_code, told)
-        return link.connection.encode(packet)
+        frame = link.connection.encode(packet)
+        return Freeing(frame) if frees else frame
 
     def _refuse(self, session: Session, qos: int, packet_id: int, reason_code: ReasonCode) -> None:
         """Say no to a PUBLISH. QoS 0 has no answer; a 3.x client is told nothing where it merely may not."""
@@ -230,15 +234,14 @@ class Inbound:
         frame = self._negative(session, qos, packet_id, reason_code)
         if frame:
             if session.acks:
-                session.acks.append(
-                    PendingAck(frame, qos, packet_id, 0, partial(self._negative, session, qos, packet_id))
-                )
+                negative = partial(self._negative, session, qos, packet_id)
+                session.acks.append(PendingAck(frame, qos, packet_id, 0, negative, link=link, negative=True))
             else:
                 self._put_answer(link, frame)
 
     def _put_answer(self, link: ClientLink, frame: bytes) -> None:
         """Send a negative answer, behind answers that wait for the store."""
-        if link.outbox.answers_wait:
+        if link.outbox.answers_wait or isinstance(frame, Freeing):
             self.broker.journal.hold(link.outbox).acks.append(frame)
             return
         link.outbox.put(frame)

@@ -58,6 +58,11 @@ Answer: TypeAlias = tuple[int, int, Number, Number] | bytes
 becomes negative. Or a frame that was negative from the start."""
 
 
+class Freeing(bytes):
+    """A negative PUBREC that frees a Packet Identifier which the store has. It waits until the store knows, however
+    long that takes: after a kill the next message under it would be taken for a repetition."""
+
+
 @attrs.define(eq=False)
 class Held:
     """Frames to one connection that wait for one batch."""
@@ -78,7 +83,7 @@ class Held:
 
     def release(self) -> bytes:
         """Return all of it, ready to be sent."""
-        acks = [a if type(a) is bytes else _ANSWERS[a[0]] + PACKET_IDS[a[1]] for a in self.acks]
+        acks = [a if isinstance(a, bytes) else _ANSWERS[a[0]] + PACKET_IDS[a[1]] for a in self.acks]
         return b"".join((*acks, *self.publishes.values(), *self.frames, *self.replies))
 
 

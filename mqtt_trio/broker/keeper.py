@@ -6,7 +6,7 @@ from heapq import merge
 from typing import TYPE_CHECKING
 
 from mqtt_trio.broker.events import OutageBegan, OutageEnded
-from mqtt_trio.broker.journal import AGAIN, RELEASED, RETAIN, ROW_SIZE, Held, frame_of, positive
+from mqtt_trio.broker.journal import AGAIN, RELEASED, RETAIN, ROW_SIZE, Freeing, Held, Kept, frame_of, positive
 from mqtt_trio.broker.message import Message
 from mqtt_trio.broker.queues import MessageQueue
 from mqtt_trio.broker.retained_changes import RetainedChanges
@@ -131,6 +131,7 @@ class Keeper:
 
     def freed(self, session: Session, packet_id: int) -> None:
         """An inbound QoS 2 Packet Identifier is free again."""
+        session.gates.pop(packet_id, None)
         value = session.received_kept.pop(packet_id, None)
         if value is not None:
             self.journal.batch.received[session.number, value] = False
@@ -266,6 +267,10 @@ class Keeper:
         outboxes = self.journal.failed(batch, reason)
         for outbox in outboxes:
             self._answer_all(outbox)
+        for outbox in outboxes:
+            self._refuse_repetitions(outbox)
+        for session in self._refused:
+            self._take_back_pending(session)
         self._empty_queues()
         freed, self._freed = self._freed, {}
         for session in freed:
@@ -284,13 +289,58 @@ class Keeper:
             if outbox.session is not None and outbox.session.link is not None:
                 broker.unstall(outbox.session.link)
 
+    def _refuse_repetitions(self, outbox: Outbox) -> None:
+        """Of the answers that go on waiting, say no to those whose message was taken back with another connection."""
+        session = outbox.session
+        if session is None or session.link is None:
+            return
+        for held in outbox.held:
+            for at, answer in enumerate(held.acks):
+                if isinstance(answer, bytes) or answer[0] == 1 or answer[1] in session.received:
+                    continue
+                if session.link.connection.protocol_version == ProtocolVersion.MQTT_5_0:
+                    held.acks[at] = session.link.connection.encode(PubRec(answer[1], REFUSAL))
+                else:
+                    self._refused[session] = None
+
+    def _take_back_pending(self, publisher: Session) -> None:
+        """A 3.x publisher is going to be disconnected: what it sent behind the message that was refused and what a tap
+        holds must not overtake that one."""
+        safe = self.journal.safe
+        for held in publisher.outbox.held if publisher.outbox is not None else ():
+            waiting, held.acks = held.acks, []
+            for answer in waiting:
+                if isinstance(answer, bytes) or answer[3] <= safe:
+                    held.acks.append(answer)
+                else:
+                    self._take_back(publisher, answer[0], answer[1], answer[2:])
+        for ack in publisher.acks:
+            if ack.kept is not None and ack.kept[1] > safe:
+                self._take_back(publisher, ack.qos, ack.packet_id, ack.kept)
+        publisher.acks.clear()
+
+    def _take_back(self, publisher: Session | None, qos: int, packet_id: int, kept: Kept) -> None:
+        for number in range(kept[0] + 1, kept[1] + 1):
+            self._withdraw(number)
+        if qos == 2 and publisher is not None:
+            publisher.received.discard(packet_id)
+            self.freed(publisher, packet_id)
+
+    def abandoned(self, session: Session, outbox: Outbox) -> None:
+        """A connection ends while answers wait for taps: until the store has what they led to, it may still be taken
+        back. Called while the outbox is the session's."""
+        for ack in session.acks:
+            if ack.kept is not None and ack.kept[1] > self.journal.safe:
+                self.journal.hold(outbox).acks.append((ack.qos, ack.packet_id, *ack.kept))
+                outbox.held_acks += ack.qos == 1
+
     def _answer_all(self, outbox: Outbox) -> None:
         """Give the answers that waited for what could not be kept, in order."""
         for held in outbox.held:
             for at, answer in enumerate(held.acks):
-                if isinstance(answer, bytes):
+                if isinstance(answer, bytes) and not isinstance(answer, Freeing):
                     self._put_answer(outbox, answer)
-                elif self._must_wait(held, answer):
+                elif isinstance(answer, Freeing) or self._must_wait(held, answer):
                     del held.acks[:at]
                     return
                 else:
@@ -310,21 +360,17 @@ class Keeper:
         """Say yes to what the store has or need not have; no to the rest, which is taken back as far as it has not
         left, also when the connection is gone: its client sends it again."""
         qos, packet_id, first, last = answer
-        session = held.session
+        publisher = held.session
         if qos == 1:
             outbox.held_acks -= 1
         if answer[2:] == AGAIN:
-            is_kept = session is not None and packet_id in session.received
+            is_kept = publisher is not None and packet_id in publisher.received
         else:
             is_kept = last <= self.journal.safe
         if is_kept:
             self._put_answer(outbox, positive(qos, packet_id))
             return
-        for number in range(first + 1, last + 1):
-            self._withdraw(number)
-        if qos == 2 and session is not None:
-            session.received.discard(packet_id)
-            self.freed(session, packet_id)
+        self._take_back(publisher, qos, packet_id, (first, last))
         session = outbox.session
         if session is not None and session.link is not None:
             self.broker.metrics.refused_by_store += 1
@@ -332,6 +378,17 @@ class Keeper:
                 self.refuse(session, qos, packet_id)
             else:
                 self._refused[session] = None  # ended once nothing that was withdrawn is in a queue any more
+        elif qos == 2 and publisher is not None and self._waits_again(publisher, packet_id):
+            self._refused[publisher] = None
+
+    @staticmethod
+    def _waits_again(publisher: Session, packet_id: int) -> bool:
+        """Whether a message came again on another connection of a 3.x client, where its answer waits for a tap: what is
+        sent behind it must not overtake it. A 5.0 client is told in its turn."""
+        link = publisher.link
+        if link is None or link.connection.protocol_version == ProtocolVersion.MQTT_5_0:
+            return False
+        return any(ack.qos == 2 and ack.packet_id == packet_id for ack in publisher.acks)
 
     def _put_answer(self, outbox: Outbox, frame: bytes) -> None:
         if outbox.session is not None:

@@ -85,6 +85,8 @@ class PendingAck:
     """Which deliveries of the message the store must have first (`journal.Kept`); None: it needs no store."""
     link: ClientLink | None = None
     """The connection among whose `Session.acks` it is."""
+    negative: bool = False
+    """Whether `frame` says no already, and only waits for its turn."""
 
 
 class Session:

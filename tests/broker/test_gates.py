@@ -354,10 +354,12 @@ async def test_a_refused_5_0_publisher_has_its_identifier_free() -> None:
     world.feed(link, message(V5, 1, "held"))
     commit(world)
     release(world, gate, ReasonCode.QUOTA_EXCEEDED)
-    assert link.sent[2:5] == b"\0\1\x97"
     session = world.broker.connections.sessions["p"]
     assert (session.received, session.received_kept, session.gates) == (set(), {}, {})
+    fail(world)
+    assert link.sent == b"", "after a kill it would be in use again, and the next message under it a repetition"
     commit(world)
+    assert link.sent[2:5] == b"\0\1\x97"
     assert world.store.load().received == []
 
 
