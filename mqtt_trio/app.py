@@ -99,7 +99,6 @@ class Node:
                 await services.start(self.monitor.run)  # first, so that it can say that the node starts
             if self.clients.poller is not None:
                 services.start_soon(self.clients.poller.run)
-            services.start_soon(DeadlineTimer(self.broker).run)
             if self.options.node.sys_interval:
                 sys_topics = SysTopics(
                     self.broker, version=f"mqtt_trio version {__version__}", started_at=trio.current_time()
@@ -114,6 +113,7 @@ class Node:
             for group in self.groups:
                 await services.start(group.run)
                 self.broker.add_tap(group)
+            await services.start(DeadlineTimer(self.broker).run)  # every tap sees the Wills that are due at the start
             async with trio.open_nursery() as accepting:
                 self.listeners = await open_listeners(self.options.listeners)
                 for listener in self.listeners:

@@ -43,8 +43,14 @@ class Recovery:
         self._last: tuple[bytes | None, int, Message | None] = (None, 0, None)
 
     def run(self) -> None:
-        """Restore everything. Sessions and messages that expired meanwhile are removed, Wills whose delay ran out are
-        published; a session whose client was connected counts as disconnected now."""
+        """Restore everything, then do what became due meanwhile: sessions that expired are removed, Wills whose delay
+        ran out are published."""
+        self.restore()
+        self.broker.connections.run_deadlines(self.now)
+
+    def restore(self) -> None:
+        """Restore everything. Messages that expired meanwhile are removed; a session whose client was connected counts
+        as disconnected now. What is due is left to the first `run_deadlines`: taps are to see the Wills, too."""
         journal, state = self.broker.journal, self.state
         journal.last_owner, journal.last_number = state.last_owner, state.last_number
         journal.safe = journal.last_number
@@ -99,7 +105,7 @@ class Recovery:
                     packet.retain,
                     packet.properties,
                     client_id,
-                    published_at,
+                    min(published_at, self.now + self.broker.wall_offset),  # nothing is younger than now
                 )
         except (RemoteProtocolError, KeyError, IndexError):
             pass
@@ -118,7 +124,8 @@ class Recovery:
             self._will(session, will)
             if session.will is not None:
                 delay = min(session.will.will_delay_interval, expiry_interval)
-                session.will_at = self.now + delay if will_at is None else will_at - offset
+                latest = self.now + delay  # the clock on the wall may have been set back
+                session.will_at = latest if will_at is None else min(will_at - offset, latest)
         broker.connections.sessions[client_id] = session
         broker.keeper.sessions[number] = session
         broker.metrics.sessions += 1
@@ -176,7 +183,7 @@ class Recovery:
         self.broker.metrics.messages_queued += 1
 
     def _finish(self) -> None:
-        """End what has expired, publish Wills that are due, and have the timer look at the rest."""
+        """End groups without members, and have the timer look at sessions and Wills."""
         broker, connections = self.broker, self.broker.connections
         for session in self.sessions.values():
             for deadline in (session.will_at, session.deadline):
@@ -187,7 +194,6 @@ class Recovery:
                 broker.keeper.groups[group.number] = group
                 broker.keeper.group_ended(group)
                 broker.metrics.messages_queued -= group.queue.drop_all()
-        connections.run_deadlines(self.now)
         broker.metrics.retained_refused += self.beyond_limits
         if self.beyond_limits:
             logger.warning(

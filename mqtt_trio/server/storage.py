@@ -96,7 +96,8 @@ class Storage:
         """Sessions, queued and retained messages that the store held at the start."""
 
     async def load(self) -> None:
-        """Give the broker what the store held; before its listeners open.
+        """Give the broker what the store held; before its listeners open. Wills and sessions that are due wait for the
+        `DeadlineTimer`, which starts once every tap is there.
 
         Raises:
           StoreError: the store cannot be opened.
@@ -108,7 +109,7 @@ class Storage:
                 logger.error("%s", exc, exc_info=exc.__cause__)  # noqa: TRY400
                 raise
             self.broker.journal.changed = self._look
-            Recovery(self.broker, state, trio.current_time()).run()
+            Recovery(self.broker, state, trio.current_time()).restore()
         metrics = self.broker.metrics
         self.found = (metrics.sessions, metrics.messages_queued, len(state.retained))
         self.broker.flush()

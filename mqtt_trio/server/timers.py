@@ -24,19 +24,24 @@ class DeadlineTimer:
         """The broker has a deadline that may be earlier than the one that is slept for."""
         self._changed.set()
 
-    async def run(self) -> None:
-        """Serve until cancelled."""
+    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Serve until cancelled; started once what was due already is done."""
+        self._run_due()
+        task_status.started()
         while True:
             self._changed = trio.Event()
             deadline = self.broker.next_deadline()
             with trio.move_on_at(float("inf") if deadline is None else deadline):
                 await self._changed.wait()
-            try:
-                self.broker.run_deadlines(trio.current_time())
-            except Exception:  # one client's Will must not end the node; what was due beside it comes next
-                logger.exception("a Will or a session's end failed by an error of the broker")
-                self.broker.metrics.client_failures += 1
-            self.broker.flush()
+            self._run_due()
+
+    def _run_due(self) -> None:
+        try:
+            self.broker.run_deadlines(trio.current_time())
+        except Exception:  # one client's Will must not end the node; what was due beside it comes next
+            logger.exception("a Will or a session's end failed by an error of the broker")
+            self.broker.metrics.client_failures += 1
+        self.broker.flush()
 
 
 class SysTopicsTimer:

@@ -152,7 +152,7 @@ async def open_memory_broker(
         await storage.load()
     clients = Clients(broker)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(DeadlineTimer(broker).run)
+        await nursery.start(DeadlineTimer(broker).run)
         memory = MemoryBroker(broker, clients, nursery)
         memory.events = events
         memory.storage = storage

@@ -202,6 +202,27 @@ async def test_expiry_and_wills_go_by_the_clock_on_the_wall(autojump_clock: Cloc
     assert set(play.restart().broker.connections.sessions) == set()
 
 
+async def test_a_clock_that_was_set_back_prolongs_nothing(autojump_clock: Clock) -> None:
+    """Nobody waits for a Will longer than its delay, and a message gets no more time than its publisher gave it."""
+    play = Play()
+    play.subscriber("s", V5, "t")
+    play.world.clients["s"].end(None, "cut")
+    play.connect("c", V5, will=Will(topic_name="t", payload=b"w", qos=QoS(1), will_delay_interval=50))
+    play.world.clients["c"].end(None, "cut")
+    play.connect("p", V5, kept=False)
+    short = MessageProperties(message_expiry_interval=30)
+    play.send("p", publish(1, 1, retain=True, properties=short))
+    play.world.commit()
+    play.world.now = -10_000.0  # the store has dates, and the next start has an earlier one
+    again = play.restart()
+    sessions = again.broker.connections.sessions
+    assert (sessions["c"].will_at, sessions["c"].deadline) == (-9950.0, -9900.0)
+    (waiting,) = sessions["s"].queue
+    (retained,) = again.broker.retained
+    utc = -10_000.0 + again.broker.wall_offset
+    assert waiting.message.expires_at == retained.expires_at == utc + 30
+
+
 async def test_a_will_that_was_published_does_not_come_again(autojump_clock: Clock) -> None:
     play = Play()
     play.subscriber("s", V5, "gone")
