@@ -161,7 +161,7 @@ class Connections:
             return
         broker = self.broker
         if session.acks:
-            broker.keeper.abandoned(session, link.outbox)
+            broker.keeper.withdrawal.abandoned(session, link.outbox)
             session.acks.clear()
         session.link = session.outbox = link.outbox.session = None
         link.lane = None

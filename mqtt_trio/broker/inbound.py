@@ -254,7 +254,7 @@ class Inbound:
         if link.connection.protocol_version == ProtocolVersion.MQTT_5_0:
             self._refuse(session, qos, packet_id, ReasonCode.QUOTA_EXCEEDED)
         else:
-            self.broker.keeper.refuse(session, qos, packet_id)
+            self.broker.keeper.withdrawal.refuse(session, qos, packet_id)
 
     def _refuse_topic(self, link: ClientLink, session: Session, packet: Publish) -> None:
         """A Topic Name is not malformed, but not accepted here: that alone is worth telling at QoS 0 as well."""

@@ -267,7 +267,7 @@ class Journal:
         delivery.number = -number
         self.gated[number] = (owner, delivery, packet_id)
 
-    def mark(self) -> Number:
+    def take_number(self) -> Number:
         """Return a number for a change that an answer waits for and that is no delivery."""
         self.last_number += 1
         return self.last_number
