@@ -163,6 +163,7 @@ class ProducerBridge:
                 await self._ended.wait()
             if not self._ended.is_set():
                 log.warning("Kafka producer %s does not end; its thread is left behind", self.name)
+                self._closed = True
                 self._feeder.depose()
                 for record in self._feeder.remains():
                     self._settle(record, GatewayError("closed before Kafka confirmed the record", retriable=True))

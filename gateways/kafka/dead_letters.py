@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable
 from typing import Final, Protocol
 
+import attrs
 import trio
 
 from gateways.kafka.bus_records import BusRecordError, Kind, decode_header, decode_items
@@ -68,6 +69,15 @@ class TopicLimit(Protocol):
     def max_message_bytes(self) -> int: ...
 
 
+@attrs.frozen
+class Why:
+    """What a letter is for."""
+
+    reason: Reason
+    error: str
+    target: str | None = None
+
+
 class DeadLetters:
     """Writes dead letters of one node. Trio thread only.
 
@@ -116,11 +126,12 @@ class DeadLetters:
             headers=record.headers,
             timestamp_ms=record.timestamp_ms,
         )
+        why = Why(error.reason, str(error), record.topic)
         message = record.message if stage is not Stage.RETAINED else retained_message(record)
         if message is not None:
-            self._of_message(stage, message, record.topic, error.reason, str(error), lost)
-        elif (source := bus_source(record)) is not None:
-            self._of_value(stage, source, id_of_bus_record(source), error.reason, str(error), lost)
+            self._of_message(stage, message, why, lost)
+        elif (source := bus_source(record)) is not None:  # without the messages: newer ones have come since
+            self._write(self._letter(stage, source, why, id_of_bus_record(source), record.value or b""))
 
     def refused_on_bus(self, record: Record, error: RecordRefusedError) -> None:
         """The same for the producer of the bus, which writes retained messages too: these have a key."""
@@ -128,7 +139,7 @@ class DeadLetters:
 
     def of_message(self, stage: Stage, message: Message, target: str, reason: Reason, error: str) -> None:
         """`message` cannot become a record of the topic `target`."""
-        self._of_message(stage, message, target, reason, error, None)
+        self._of_message(stage, message, Why(reason, error, target), None)
 
     def unreadable(self, record: ConsumedRecord, reason: Reason, error: str, once: Hashable = None) -> None:
         """`record` was read and cannot be understood. `once`: of all records with an equal one the first gets a letter,
@@ -151,7 +162,9 @@ class DeadLetters:
             headers=record.headers,
             timestamp_ms=record.timestamp_ms,
         )
-        self._of_value(Stage.CONSUME, source, identity, reason, error, lost)
+        letter = self._letter(Stage.CONSUME, source, Why(reason, error), identity, record.value or b"")
+        self._write(attrs.evolve(letter, record=lost))
+        self._know(identity, 1)
 
     def _may_write(self, once: Hashable) -> bool:
         if once is not None:
@@ -171,57 +184,37 @@ class DeadLetters:
 
     # --- letters
 
-    def _of_message(
-        self, stage: Stage, message: Message, target: str, reason: Reason, error: str, record: LostRecord | None
-    ) -> None:
-        payload = message.payload
+    def _of_message(self, stage: Stage, message: Message, why: Why, record: LostRecord | None) -> None:
+        target, payload = why.target or "", message.payload
         first = id_of_message(message, self.broker_id, target)
         occurrence = self._known.get(first, 0)  # two messages may be alike in all that is in the id
-        self._write(
-            DeadLetter(
-                id=first if not occurrence else id_of_message(message, self.broker_id, target, occurrence),
-                dead_at_ms=time.time_ns() // 1_000_000,
-                broker_id=self.broker_id,
-                stage=stage,
-                reason=reason,
-                error=error,
-                source=MqttSource(
-                    topic=message.topic_name,
-                    client_id=message.client_id,
-                    published_at=message.published_at,
-                    qos=message.qos,
-                    retain=message.retain,
-                ),
-                size=len(payload),
-                sha256=hashlib.sha256(payload).hexdigest(),
-                target=target,
-                record=record,
-                payload=payload if record is None else None,
-                redrivable=record is not None and stage in (Stage.ARCHIVE, Stage.MESSAGES),
-            )
+        source = MqttSource(
+            topic=message.topic_name,
+            client_id=message.client_id,
+            published_at=message.published_at,
+            qos=message.qos,
+            retain=message.retain,
         )
+        identity = first if not occurrence else id_of_message(message, self.broker_id, target, occurrence)
+        letter = self._letter(stage, source, why, identity, payload)
+        redrivable = record is not None and stage in (Stage.ARCHIVE, Stage.MESSAGES)
+        contents = payload if record is None else None
+        self._write(attrs.evolve(letter, record=record, payload=contents, redrivable=redrivable))
         self._know(first, occurrence + 1)
 
-    def _of_value(
-        self, stage: Stage, source: Source, identity: str, reason: Reason, error: str, record: LostRecord
-    ) -> None:
-        value = record.value or b""
-        self._write(
-            DeadLetter(
-                id=identity,
-                dead_at_ms=time.time_ns() // 1_000_000,
-                broker_id=self.broker_id,
-                stage=stage,
-                reason=reason,
-                error=error,
-                source=source,
-                size=len(value),
-                sha256=hashlib.sha256(value).hexdigest(),
-                target=record.topic if stage is not Stage.CONSUME else None,
-                record=record,
-            )
+    def _letter(self, stage: Stage, source: Source, why: Why, identity: str, content: bytes) -> DeadLetter:
+        return DeadLetter(
+            id=identity,
+            dead_at_ms=time.time_ns() // 1_000_000,
+            broker_id=self.broker_id,
+            stage=stage,
+            reason=why.reason,
+            error=why.error,
+            source=source,
+            size=len(content),
+            sha256=hashlib.sha256(content).hexdigest(),
+            target=why.target,
         )
-        self._know(identity, 1)
 
     def _know(self, identity: str, count: int) -> None:
         if self._known.pop(identity, None) is None and len(self._known) >= MAX_KNOWN:

@@ -191,7 +191,7 @@ class Poller:
             self._alive("looking for partitions")
             partitions = consumer.partitions(topic)
             if not partitions:
-                self._cluster.forget(topic)
+                self._miss(topic)
                 raise UnknownTopicError(f"there is no topic {topic}")
             if self._is_another(consumer, topic):
                 log.warning("Kafka topic %s was deleted and made again: it is read from its beginning", topic)
@@ -208,6 +208,14 @@ class Poller:
         if at_beginning := [p for p, start in new.items() if start == "beginning"]:
             self._next.update(consumer.first_offsets(at_beginning))
         consumer.assign(self._next)
+
+    def _miss(self, topic: str) -> None:
+        """Have `topic` made; again, if it was there."""
+        if topic in self._identities and topic not in self._gone:
+            self._gone.add(topic)
+            self._cluster.forget(topic)
+        else:
+            self._cluster.want(topic)
 
     def _is_another(self, consumer: ConsumerLike, topic: str) -> bool:
         known, now = self._identities.get(topic), consumer.identity(topic)
@@ -309,9 +317,7 @@ class Poller:
         for topic in self._assignments:
             partitions = consumer.partitions(topic)
             if not partitions:
-                if topic not in self._gone:  # it is made again, if somebody may
-                    self._gone.add(topic)
-                    self._cluster.forget(topic)
+                self._miss(topic)
                 continue
             self._gone.discard(topic)
             if self._is_another(consumer, topic):

@@ -19,6 +19,8 @@ log = logging.getLogger("gateways.kafka")
 LOOK_INTERVAL: Final = 5.0
 SILENCE: Final = 30.0
 """Seconds without a sign of life after which a thread counts as hanging."""
+PAUSE: Final = 1.0
+"""Seconds by which a look may be late on a busy machine."""
 MOST_LEFT: Final = 3
 """Threads of one kind that are left behind at the same time. Outcome: further ones are reported, not replaced."""
 REPORT_INTERVAL: Final = 60.0
@@ -73,10 +75,12 @@ class Watchdog(Generic[AnyWorker]):
             self._current = worker
             nursery.start_soon(self._own, worker, nursery.cancel_scope)
             while True:
+                before = time.monotonic()
                 await trio.sleep(LOOK_INTERVAL)
-                silence = time.monotonic() - worker.beat
-                if silence < SILENCE:
-                    continue
+                now = time.monotonic()
+                silence = now - worker.beat
+                if silence < SILENCE or now - before > 2 * LOOK_INTERVAL + PAUSE:
+                    continue  # in the latter case this thread stood still as well: all of the process did
                 may_replace = self.left_behind < MOST_LEFT
                 self._report(worker, silence, may_replace=may_replace)
                 if may_replace:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import gzip
 import random
 import struct
+import subprocess
+import sys
 import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import crc32c
@@ -31,6 +34,7 @@ PACK: dict[int, Callable[[bytes], bytes]] = {
 }
 CRC_AT, ATTRIBUTES_AT, HEADER_SIZE = 17, 21, 61
 MiB = 1 << 20
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -177,6 +181,21 @@ def test_members_and_frames_side_by_side() -> None:
     assert batches.unpack_gzip(memoryview(gzip.compress(b"one") + gzip.compress(b"two")), 100) == b"onetwo"
     assert batches.unpack_zstd(memoryview(PACK[ZSTD](b"one") + PACK[ZSTD](b"two")), 100) == b"onetwo"
     assert batches.unpack_snappy(memoryview(codec.snappy_encode(b"bare", xerial_compatible=False)), 100) == b"bare"
+
+
+@pytest.mark.parametrize("library", ["lz4", "snappy", "zstandard"])
+def test_a_codec_that_is_not_installed_is_told_at_the_start(library: str) -> None:
+    program = (
+        f"import sys; sys.modules[{library!r}] = None\n"
+        "import gateways.kafka, mqtt_trio.errors\n"
+        "try: gateways.kafka.build(None)\n"
+        "except mqtt_trio.errors.ConfigError as exc: print(exc)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True, cwd=ROOT
+    )
+    assert done.stdout.startswith(f"Kafka: {library}")
+    assert "is not installed" in done.stdout
 
 
 @given(st.sampled_from(sorted(PACK)), st.binary(max_size=300), st.integers(0, 400), st.integers(0, 255))

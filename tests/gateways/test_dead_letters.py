@@ -159,8 +159,7 @@ def test_records_of_the_bus_are_named_by_their_place(dead: DeadLetters, producer
     bus, retained, removed = producer.letters()
     assert bus.source == BusSource(topic="monster", partition=3, instance_id=INSTANCE, sequence=9, messages=1)
     assert (bus.stage, bus.redrivable, bus.target) == (Stage.BUS, False, "monster")
-    assert bus.record is not None
-    assert bus.record.value == batch
+    assert (bus.record, bus.size, bus.sha256) == (None, len(batch), hashlib.sha256(batch).hexdigest())
     assert retained.source == MqttSource(topic="sensors/a", client_id="c", published_at=1.5, qos=1, retain=True)
     assert (retained.stage, retained.size) == (Stage.RETAINED, 3)
     assert (removed.size, removed.redrivable) == (0, False)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import os
+import queue
 import subprocess
 import time
 from contextlib import closing
@@ -170,3 +172,41 @@ def test_default_group_stays_within_its_bounds(brokers: Brokers, topic: str) -> 
     kept = [bytes.fromhex(row[0]) for row in rows]
     assert kept == payloads[-len(kept) :]
     assert len(kept) > 30, "most of the room is used"
+
+
+def test_what_kafka_cannot_take_is_refused_and_a_dead_letter(kafka: KafkaNode, brokers: Brokers) -> None:
+    name, dlq = unique_name("gated"), unique_name("dlq")
+    node = brokers.start(
+        f"""
+[Kafka]
+Servers = "{kafka.servers}"
+[Kafka.Topics.Archive]
+Config."max.message.bytes" = 5000
+[Kafka.Topics.Dlq]
+Name = "{dlq}"
+[[ArchiveGroups]]
+Name = "Gated"
+Filter = "#"
+Store = "KAFKA"
+KafkaTopic = "{name}"
+Ack = "store"
+""",
+        node_id="gatekeeper",
+    )
+    noise = os.urandom(8000)
+    with PahoClient(node, client_id="device") as device:
+        answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        device.client.on_publish = lambda client, data, number, code, properties: answers.put(code)
+        failed = []
+        for number, payload in enumerate((b"1", noise, b"2")):
+            device.client.publish(f"a/{number}", payload, qos=1)
+            failed.append(answers.get(timeout=LIMIT).is_failure)
+    node.stop()
+    assert failed == [False, True, False]
+    assert [json.loads(record.value)["payload"] for record in read_topic(kafka, name)] == ["1", "2"]
+    (record,) = read_topic(kafka, dlq)
+    letter = json.loads(record.value)
+    jsonschema.validate(letter, json.loads((SCHEMAS / "mqtt_dlq.schema.json").read_text("utf-8")))
+    assert (letter["reason"], letter["brokerId"], letter["target"]) == ("too_large", "gatekeeper", name)
+    assert (letter["source"]["topic"], letter["source"]["clientId"]) == ("a/1", "device")
+    assert letter["payload"] == {"size": 8000, "sha256": hashlib.sha256(noise).hexdigest()}
