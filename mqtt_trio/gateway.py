@@ -53,6 +53,10 @@ class LocalClient(Protocol):
         """Deliver runs of frames to the subscribers of this node, as if each run had just been received; no tap sees
         them. Frames that no broker of this version writes raise `RemoteProtocolError`; runs before them count."""
 
+    def publish_missed(self, messages: Sequence[Message]) -> None:
+        """Deliver what was published elsewhere while this node was away: at QoS 1 and 2, to sessions that the store had
+        when it started. Everybody else is not told old things as new ones."""
+
     def set_retained(self, message: Message) -> None:
         """Replace the retained message of its topic (an empty payload removes it); nobody is told."""
 

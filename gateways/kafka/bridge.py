@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Final
 
@@ -18,7 +18,7 @@ from gateways.kafka.cluster import Cluster
 from gateways.kafka.feeder import Feeder
 from gateways.kafka.generation import Faults, ProducerLike
 from gateways.kafka.options import KafkaOptions
-from gateways.kafka.poller import Assignment, ConsumerLike, Poller
+from gateways.kafka.poller import Assignment, Began, ConsumerLike, Partition, Poller
 from gateways.kafka.records import ConsumedRecord as ConsumedRecord
 from gateways.kafka.records import Record as Record
 from gateways.kafka.records import RecordRefusedError
@@ -247,7 +247,7 @@ class ProducerBridge:
 class ConsumerBridge:
     """One kafka-python consumer in a thread of its own, by manual assignment of all partitions of some topics.
 
-    No group and no commits: positions live in the bridge, also across rebuilds.
+    It is no member of a group; positions live in the bridge, also across rebuilds.
 
     Attributes:
       positions_known: set when the first position of every partition is known: nothing published from now on is missed.
@@ -264,12 +264,14 @@ class ConsumerBridge:
         on_records: Callable[[list[ConsumedRecord]], None],
         *,
         name: str = "bus",
+        group: str | None = None,
         on_positions_known: Callable[[], None] = nothing,
         on_caught_up: Callable[[], None] = nothing,
         open_consumer: Callable[[], ConsumerLike] | None = None,
     ) -> None:
         """`on_records` is called on the Trio thread with bounded lists (about 128 KiB), per partition in order;
-        `assignments` are pairs of a topic and "end" or "beginning"; `open_consumer` is for tests."""
+        `assignments` are pairs of a topic and where to begin; `group` is where `commit` stores offsets; `open_consumer`
+        is for tests."""
         self.name = name
         self.positions_known = trio.Event()
         self.caught_up = trio.Event()
@@ -282,7 +284,7 @@ class ConsumerBridge:
         if open_consumer is None:
             from gateways.kafka import workers
 
-            open_consumer = partial(cluster.when_let_in, partial(workers.Consumer, options, name))
+            open_consumer = partial(cluster.when_let_in, partial(workers.Consumer, options, name, group))
         self._poller = Poller(name, open_consumer, cluster, assignments, self._hand_over)
         self._poller.on_positions_known = partial(self._reached, self.positions_known, on_positions_known)
         self._poller.on_caught_up = partial(self._reached, self.caught_up, on_caught_up)
@@ -345,6 +347,15 @@ class ConsumerBridge:
 
     def _wake(self) -> None:
         self._arrived.set()
+
+    @property
+    def began(self) -> Mapping[Partition, Began]:
+        """Where reading began, of partitions that are read from a checkpoint or their end; once positions are known."""
+        return self._poller.began
+
+    def commit(self, offsets: Mapping[Partition, int]) -> None:
+        """Have offsets stored in the group, within a second or so; what fails is not told."""
+        self._poller.to_commit = dict(offsets)
 
     def lag(self) -> dict[tuple[str, int], int]:
         """Return, per (topic, partition), how many records Kafka has that the bridge has not, as of the last fetch."""

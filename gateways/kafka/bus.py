@@ -20,16 +20,18 @@ import trio
 
 from gateways.kafka.bus_clients import BusClients
 from gateways.kafka.bus_inbox import BusInbox
-from gateways.kafka.bus_records import Kind, NodeFacts, encode_facts
+from gateways.kafka.bus_positions import Positions
+from gateways.kafka.bus_records import Kind
 from gateways.kafka.bus_sender import LEAST_PART, PART_SLACK, BusSender
 from gateways.kafka.bus_settings import BusSettings, MakeConsumer, Producer, TopicSize
 from gateways.kafka.bus_window import BusWindow
 from gateways.kafka.dead_letters import DeadLetters
+from gateways.kafka.node_facts import NodeFacts, encode_facts
 from gateways.kafka.nodes import Nodes
 from gateways.kafka.records import ConsumedRecord, Reason
 from gateways.kafka.retained import Retained
 from mqtt_trio.errors import StartError
-from mqtt_trio.gateway import GatewayHost, Message, TapRoute, wait_for_room
+from mqtt_trio.gateway import GatewayHost, Message, TapRoute, wait_for_room, wait_until_kept
 
 log = logging.getLogger("gateways.kafka.bus")
 
@@ -37,6 +39,11 @@ START_TIMEOUT: Final = 10.0
 """Seconds without any progress after which a node starts without Kafka."""
 FACTS_TIMEOUT: Final = 5.0
 """Seconds to wait for what Kafka says about the topics, once they can be read; then the configured numbers count."""
+NOTE_INTERVAL: Final = 1.0
+"""Seconds between two looks whether positions are to be committed although nothing else is."""
+NOTE_RECORDS: Final = 100
+IDLE_NOTE_INTERVAL: Final = 5.0
+"""They are when so many records have come, or some within this time."""
 CONFLICT_GRACE: Final = 3.0
 """Seconds that a node which has to give way takes to ship what it holds."""
 
@@ -52,9 +59,11 @@ class Bus:
         make_consumer: MakeConsumer,
         facts: Callable[[str], TopicSize | None],
         dead_letters: DeadLetters | None = None,
+        *,
+        utc: Callable[[], float] = time.time,
     ) -> None:
         """`producer` and the consumer are run by the bus and by nobody else; `facts` is `Cluster.facts`; what can be
-        neither written nor read goes to `dead_letters`, None: it is counted."""
+        neither written nor read goes to `dead_letters`, None: it is counted; `utc`: seconds since the epoch."""
         self.settings = settings
         self.host = host
         self.dead_letters = dead_letters or DeadLetters()
@@ -66,17 +75,18 @@ class Bus:
         )
         self._facts = facts
         self._producer = producer
-        self._consumer = make_consumer(self.on_records)
-        self._started = False
+        self.positions = Positions(settings.topic, host.instance_id, host.marks, age=settings.checkpoint_age, utc=utc)
+        self._consumer = make_consumer(self.on_records, self.positions.offsets)
+        self._started = self._began = False
         self._told: set[type[Exception]] = set()
         producer.after_drain = host.flush
         self.sender = BusSender(settings, host, producer.offer, self.window, self.dead_letters)
         self.sender.retain = self._retain
-        local = host.local_client("bus")
+        self._local = local = host.local_client("bus")
         self._consumer.room = partial(wait_for_room, local)  # Kafka keeps it for longer than this node has memory for
-        about_us = NodeFacts(socket.gethostname(), os.getpid(), time.time())
+        about_us = NodeFacts(socket.gethostname(), os.getpid(), utc())
         self.nodes = Nodes(host.node_id, host.instance_id, about_us, self._send_facts)
-        self.inbox = BusInbox(host.instance_id, local, self.nodes, self.dead_letters)
+        self.inbox = BusInbox(host, local, self.nodes, self.positions, self.dead_letters, utc=utc)
         self.retained = Retained(
             settings.retained_topic,
             host.node_id,
@@ -125,6 +135,7 @@ class Bus:
 
     def on_records(self, records: list[ConsumedRecord]) -> None:
         """Take records of both topics, each partition in its order."""
+        self._begin_reading()  # nobody else may have been told yet
         topic, receive, retained = self.settings.topic, self.inbox.receive, self.retained
         for record in records:
             try:
@@ -151,11 +162,13 @@ class Bus:
           StartError: another live node has this `Node.Id` and was first. Also later, when Kafka was away at the start.
         """
         self.host.add_tap(self)
+        self.host.note(self.positions.marks)
         async with trio.open_nursery() as nursery:
             await nursery.start(self._producer.run)
             await nursery.start(self._consumer.run)
             nursery.start_soon(self.sender.run)
             nursery.start_soon(self._join)
+            nursery.start_soon(self._note_positions)
             nursery.start_soon(self._start, task_status)
             await self.nodes.conflict.wait()
             if self._started:
@@ -166,6 +179,8 @@ class Bus:
 
     async def _join(self) -> None:
         await self._consumer.positions_known.wait()
+        self._begin_reading()
+        await self._begin_noting()
         topics = self.settings.topic, self.settings.retained_topic
         with trio.move_on_after(FACTS_TIMEOUT):  # the consumer may be quicker than who asks for the topics' properties
             while any(self._facts(topic) is None for topic in topics):  # noqa: ASYNC110  once, at the start
@@ -175,6 +190,33 @@ class Bus:
             nursery.start_soon(self.nodes.run)
             await self._consumer.caught_up.wait()
             self._begin_retaining()
+
+    def _begin_reading(self) -> None:
+        if not self._began:
+            self._began = True
+            began = self._consumer.began.items()
+            self.positions.begin({number: at for (topic, number), at in began if topic == self.settings.topic})
+
+    async def _begin_noting(self) -> None:
+        """Note this life's id before it writes anything: the next one must know what this one wrote. A store that takes
+        nothing is waited for as long as Kafka would be."""
+        self.host.commit()
+        with trio.move_on_after(START_TIMEOUT):
+            await wait_until_kept(self._local)
+
+    async def _note_positions(self) -> None:
+        """Have the store commit now and then, so that little has to be read again, and tell Kafka behind it."""
+        received, at = 0, trio.current_time()
+        while True:
+            await trio.sleep(NOTE_INTERVAL)
+            came, now = self.inbox.received - received, trio.current_time()
+            if not came or (came < NOTE_RECORDS and now - at < IDLE_NOTE_INTERVAL):
+                continue
+            received, at = self.inbox.received, now
+            offsets = self.positions.commits()
+            self.host.commit()
+            await wait_until_kept(self._local)
+            self._consumer.commit({(self.settings.topic, number): offset for number, offset in offsets.items()})
 
     def _begin_retaining(self) -> None:
         """All retained messages are read, and so is how they are spread over partitions, if anybody wrote before."""
@@ -216,6 +258,7 @@ class Bus:
             self.retained.ship(everything=True)
             self.nodes.goodbye()
         self.sender.ending = True
+        self.host.commit()  # the last positions
         try:
             await self._producer.stop()
         finally:

@@ -100,13 +100,15 @@ class BusClients:
 
     # --- those of others
 
-    def heard(self, header: Header, body: bytes) -> None:
-        """Clients have connected to another node.
+    def heard(self, header: Header, body: bytes, *, after: float = 0.0) -> None:
+        """Clients have connected to another node. `after`: UTC seconds, older news are known.
 
         Raises:
           BusRecordError: it cannot be read; nothing happened.
         """
         for newcomer in decode_newcomers(body):
+            if newcomer.connected_at < after:
+                continue
             connected_at = self._host.connected_at(newcomer.client_id)
             ours_is_behind = newcomer.client_id in self._own or newcomer.client_id in self._pending
             if connected_at is None:

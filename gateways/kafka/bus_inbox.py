@@ -3,35 +3,33 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Final
 
-import attrs
-
 from gateways.kafka.bus_clients import BusClients
+from gateways.kafka.bus_positions import MAX_WRITERS, Begun, Position, Positions, Writer
 from gateways.kafka.bus_records import (
     ABOUT_NODES,
     INSTANCE,
+    PARTS,
     BusRecordError,
     Decoded,
     Flag,
     Header,
     Kind,
     UnknownVersionError,
-    decode_facts,
     decode_header,
     decode_items,
 )
 from gateways.kafka.dead_letters import DeadLetters
+from gateways.kafka.node_facts import decode_facts
 from gateways.kafka.nodes import Nodes
 from gateways.kafka.records import ConsumedRecord, Reason
 from mqtt_trio.errors import RemoteProtocolError
-from mqtt_trio.gateway import FrameRun, LocalClient, Message
+from mqtt_trio.gateway import FrameRun, GatewayHost, LocalClient, Message, read_run
 
 log = logging.getLogger("gateways.kafka.bus")
 
-MAX_WRITERS: Final = 65_536
-"""(instance, partition) pairs whose last sequence is remembered. Outcome: the one that was silent for longest is
-forgotten, and a record of it that comes twice then counts twice."""
 MAX_PARTS_SIZE: Final = 320 * 1024 * 1024
 """Bytes of begun bodies, all writers together: more than the largest packet. Outcome: the body that has waited for its
 next part for longest is lost, counted."""
@@ -39,27 +37,26 @@ next part for longest is lost, counted."""
 MAX_VERSIONS_TOLD: Final = 8
 """Format versions of others that are told; more of them are garbage, and counted only."""
 
-Writer = tuple[bytes, int]
-
-
-@attrs.define
-class Begun:
-    """Parts of a body that are there already."""
-
-    parts: list[bytes] = attrs.Factory(list)
-    size: int = 0
-    next_sequence: int = 0
-
 
 class BusInbox:
     """Receives the records of the bus topic. Trio thread only."""
 
     def __init__(
-        self, instance_id: bytes, local: LocalClient, nodes: Nodes, dead_letters: DeadLetters | None = None
+        self,
+        host: GatewayHost,
+        local: LocalClient,
+        nodes: Nodes,
+        positions: Positions,
+        dead_letters: DeadLetters,
+        *,
+        utc: Callable[[], float],
     ) -> None:
+        """`utc`: seconds since the epoch."""
         self.received = 0
         self.own = 0
         self.messages = 0
+        self.backlog = 0
+        """Messages at QoS 1 and 2 that were published while this node was away."""
         self.doubled = 0
         self.missing = 0
         self.malformed = 0
@@ -69,12 +66,13 @@ class BusInbox:
         """Records that failed on their way to the subscribers; counted by the bus."""
         self.clients: BusClients
         """Set before the first record."""
-        self._instance_id = instance_id
+        self._instance_id = host.instance_id
         self._local = local
         self._nodes = nodes
-        self._dead_letters = dead_letters or DeadLetters()
-        self._last: dict[Writer, int] = {}
-        self._begun: dict[Writer, Begun] = {}
+        self._positions = positions
+        self._dead_letters = dead_letters
+        self._utc = utc
+        self._lives = frozenset(positions.lives)
         self._begun_size = 0
         self._versions_seen: set[int] = set()
 
@@ -82,18 +80,25 @@ class BusInbox:
         """Take one record; one that cannot be read is counted."""
         self.received += 1
         value = record.value or b""
+        position = self._positions.of(record.partition)
+        if record.offset < position.next:  # the topic was deleted and made again, or cut off
+            for writer in list(position.begun):
+                self._forget_begun(position, writer)
+            position.applied = position.backlog_end = 0
         if record.defect is not None:
             self.malformed += 1
             self._dead_letters.unreadable(record, Reason.MALFORMED, record.defect)
+            position.passed(record.offset)
             return
         try:
-            if value[INSTANCE] == self._instance_id:
+            instance_id = value[INSTANCE]
+            if instance_id == self._instance_id:
                 self.own += 1
                 self._read_back(decode_header(value), value, record)
-                return
-            header = decode_header(value)
-            if self._is_new(header, record.partition):
-                self._handle(header, value, record)
+            elif instance_id in self._lives:
+                self.own += 1  # this node wrote it before it was killed: its own sessions had it then
+            else:
+                self._of_others(decode_header(value), value, record, position)
         except UnknownVersionError as exc:
             self.unknown_version += 1
             if exc.version not in self._versions_seen and len(self._versions_seen) < MAX_VERSIONS_TOLD:
@@ -104,22 +109,35 @@ class BusInbox:
             self.malformed += 1
             log.debug("%s-%d@%d: %s", record.topic, record.partition, record.offset, exc)
             self._dead_letters.unreadable(record, Reason.MALFORMED, str(exc), (value[INSTANCE], "malformed"))
+        finally:
+            position.passed(record.offset)
 
-    def _is_new(self, header: Header, partition: int) -> bool:
+    def _of_others(self, header: Header, value: bytes, record: ConsumedRecord, position: Position) -> None:
+        if record.offset < position.applied:  # it is read again for the sake of a body that began there
+            if header.kind is Kind.BATCH and header.flags & PARTS:
+                self._gather(header, value, record, position)
+        elif not self._is_new(header, position):
+            pass
+        elif record.offset < position.backlog_end:
+            self._handle_backlog(header, value, record, position)
+        else:
+            self._handle(header, value, record, position)
+
+    def _is_new(self, header: Header, position: Position) -> bool:
         """Whether the record was not there before: a producer that was rebuilt sends again what was not confirmed."""
-        writer = header.instance_id, partition
-        last = self._last.pop(writer, None)  # put back at the end: the first one is the one silent for longest
-        if last is None and len(self._last) >= MAX_WRITERS:
-            oldest = next(iter(self._last))
-            del self._last[oldest]
-            self._forget_begun(oldest)
+        writers, writer = position.writers, header.writer
+        last = writers.pop(writer, None)  # put back at the end: the first one is the one silent for longest
+        if last is None and len(writers) >= MAX_WRITERS:
+            oldest = next(iter(writers))
+            del writers[oldest]
+            self._forget_begun(position, oldest)
         if last is not None and header.sequence <= last:
-            self._last[writer] = last
+            writers[writer] = last
             self.doubled += 1
             return False
         if last is not None:
             self.missing += header.sequence - last - 1
-        self._last[writer] = header.sequence
+        writers[writer] = header.sequence
         return True
 
     def _read_back(self, header: Header, value: bytes, record: ConsumedRecord) -> None:
@@ -129,28 +147,44 @@ class BusInbox:
         elif header.kind is not Kind.BATCH:
             self._nodes.read_back(header.kind, record.partition, record.offset)
 
-    def _handle(self, header: Header, value: bytes, record: ConsumedRecord) -> None:
+    def _handle(self, header: Header, value: bytes, record: ConsumedRecord, position: Position) -> None:
         if header.kind in ABOUT_NODES:
             self._nodes.heard(header, decode_facts(value, header.body_start), record.partition, record.offset)
         elif header.kind is Kind.CLIENTS:
             self.clients.heard(header, value[header.body_start :])
-        elif header.kind is not Kind.BATCH:
-            raise BusRecordError(f"a record of kind {header.kind.name}, which is not for this topic")
-        elif header.flags:
-            body = self._gather(header, value, (header.instance_id, record.partition))
-            if body is not None:
-                self._deliver(decode_items(body))
-        else:
-            self._deliver(decode_items(value, header.body_start))
+        elif (items := self._items(header, value, record, position)) is not None:
+            self._deliver(items)
 
-    def _gather(self, header: Header, value: bytes, writer: Writer) -> bytes | None:
+    def _handle_backlog(self, header: Header, value: bytes, record: ConsumedRecord, position: Position) -> None:
+        """What was written while this node was away: about nodes it is outdated, clients have moved for good, and
+        messages are for sessions that were here."""
+        if header.kind in ABOUT_NODES:
+            return
+        if header.kind is Kind.CLIENTS:
+            self.clients.heard(header, value[header.body_start :], after=self._positions.noted_at)
+        elif (items := self._items(header, value, record, position)) is not None:
+            messages = [item if isinstance(item, Message) else read_run(item)[0] for item in items if item.qos]
+            self.backlog += len(messages)
+            self._local.publish_missed(messages)
+
+    def _items(self, header: Header, value: bytes, record: ConsumedRecord, position: Position) -> list[Decoded] | None:
+        """The messages of a batch; None until all parts of it are there."""
+        if header.kind is not Kind.BATCH:
+            raise BusRecordError(f"a record of kind {header.kind.name}, which is not for this topic")
+        if not header.flags & PARTS:
+            return decode_items(value, header.body_start)
+        body = self._gather(header, value, record, position)
+        return None if body is None else decode_items(body)
+
+    def _gather(self, header: Header, value: bytes, record: ConsumedRecord, position: Position) -> bytes | None:
         """Put the parts of a large body together; None until the last one is there."""
-        begun = self._forget_begun(writer)
+        writer = header.writer
+        begun = self._forget_begun(position, writer)
         if header.flags & Flag.CONTINUED:
             if begun is None or begun.next_sequence != header.sequence:
                 raise BusRecordError("a part whose beginning this node did not see")
         else:
-            begun = Begun()
+            begun = Begun(record.offset)
         begun.parts.append(value[header.body_start :])
         begun.size += len(begun.parts[-1])
         begun.next_sequence = header.sequence + 1
@@ -159,14 +193,15 @@ class BusInbox:
         if begun.size > MAX_PARTS_SIZE or not begun.parts[-1]:
             raise BusRecordError("a body that is too large, or a part with nothing in it")
         while self._begun_size + begun.size > MAX_PARTS_SIZE:
-            self._forget_begun(next(iter(self._begun)))
+            self._forget_begun(*self._positions.longest_begun())
             self.lost_bodies += 1
-        self._begun[writer] = begun
+        begun.at = self._utc()
+        position.begun[writer] = begun
         self._begun_size += begun.size
         return None
 
-    def _forget_begun(self, writer: Writer) -> Begun | None:
-        begun = self._begun.pop(writer, None)
+    def _forget_begun(self, position: Position, writer: Writer) -> Begun | None:
+        begun = position.begun.pop(writer, None)
         if begun is not None:
             self._begun_size -= begun.size
         return begun
@@ -196,6 +231,7 @@ class BusInbox:
             "bus_records_received": self.received,
             "bus_records_own": self.own,
             "bus_messages_received": self.messages,
+            "bus_messages_of_backlog": self.backlog,
             "bus_records_doubled": self.doubled,
             "bus_records_missing": self.missing,
             "bus_records_malformed": self.malformed,

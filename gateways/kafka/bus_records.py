@@ -5,9 +5,9 @@ A record is a header and a body, big endian throughout::
     version u8 | kind u8 | flags u8 | instance 16 bytes | sequence u64 | node id length u16 | node id | body
 
 The body of a `Kind.BATCH` is a list of items: runs of PUBLISH packets as their publisher sent them, and single
-messages in fields of their own. The body of records about a node is a `NodeFacts`. A body that is larger than one Kafka
-record may be is cut into parts with sequences side by side: all but the last have `Flag.MORE`, all but the first
-`Flag.CONTINUED`.
+messages in fields of their own. The bodies of the other kinds are in `node_facts` and `bus_clients`. A body that is
+larger than one Kafka record may be is cut into parts with sequences side by side: all but the last have `Flag.MORE`,
+all but the first `Flag.CONTINUED`.
 
 Decoding checks everything that a receiver relies on, because anybody may write to a Kafka topic; the packets inside a
 run at QoS 0 are left to `LocalClient.publish_runs`, which reads them anyway.
@@ -36,7 +36,6 @@ MESSAGE_HEAD: Final = struct.Struct(">BBBdHHI")
 NUMBER: Final = struct.Struct(">I")
 LENGTH: Final = struct.Struct(">H")
 """MQTT strings and binary data have at most 65,535 bytes [MQTT5-1.5.4]."""
-FACTS: Final = struct.Struct(">Qdiq16sH")
 LATEST: Final = 253_402_300_799.0
 """UTC seconds of the last moment that a calendar here can show."""
 CONTINUES: Final = 0x80
@@ -107,6 +106,9 @@ class Flag(enum.IntFlag):
     """The body began in an earlier record."""
 
 
+PARTS: Final = Flag.MORE | Flag.CONTINUED
+
+
 Item: TypeAlias = FrameRun | bytes
 """What waits for `encode_batch`: a run, or a message out of `encode_message`."""
 Decoded: TypeAlias = FrameRun | Message
@@ -125,20 +127,10 @@ class Header:
     body_start: int
     """Where the body begins in the record's value."""
 
-
-@attrs.frozen
-class NodeFacts:
-    """What a node says of itself."""
-
-    host: str
-    pid: int
-    started_at: float
-    """UTC seconds since the epoch."""
-    hello_partition: int = -1
-    """Where its HELLO lies in the log; -1: not known yet."""
-    hello_offset: int = -1
-    target: bytes = bytes(16)
-    """ALIVE: the instance that is told to end."""
+    @property
+    def writer(self) -> bytes:
+        """Whose sequence it is."""
+        return self.instance_id + b"\0"
 
 
 # --- writing
@@ -245,15 +237,6 @@ def _run_head(run: FrameRun, client: bytes, count: int, size: int) -> bytes:
     return RUN_HEAD.pack(TAG_RUN, version, run.qos, len(client), run.published_at, count, size) + client
 
 
-def encode_facts(facts: NodeFacts) -> bytes:
-    """The body of a record about a node."""
-    host = facts.host.encode()
-    return (
-        FACTS.pack(facts.pid, facts.started_at, facts.hello_partition, facts.hello_offset, facts.target, len(host))
-        + host
-    )
-
-
 # --- reading
 
 
@@ -278,7 +261,7 @@ def decode_header(value: bytes) -> Header:
         raise BusRecordError(f"sequence {sequence}")
     try:
         return Header(
-            Kind(kind), instance_id, _name(value[HEADER.size : body_start]), sequence, _FLAGS[flags], body_start
+            Kind(kind), instance_id, read_name(value[HEADER.size : body_start]), sequence, _FLAGS[flags], body_start
         )
     except (ValueError, KeyError) as exc:  # UnicodeDecodeError is a ValueError
         raise BusRecordError(f"unknown kind or flags, or a node id that is no UTF-8: {exc}") from None
@@ -287,29 +270,11 @@ def decode_header(value: bytes) -> Header:
 _FLAGS: Final = {number: Flag(number) for number in range(4)}
 
 
-def _name(raw: bytes) -> str:
+def read_name(raw: bytes) -> str:
     """A name that stands in logs, so without control characters."""
     if len(raw) <= LONGEST_NAME and (name := raw.decode()).isprintable():
         return name
     raise BusRecordError("a name that is too long, or with characters that cannot be shown")
-
-
-def decode_facts(value: bytes, start: int) -> NodeFacts:
-    """Read the body of a record about a node, from `start` to its end.
-
-    Raises:
-      BusRecordError: it is none.
-    """
-    if len(value) - start < FACTS.size:
-        raise BusRecordError("a cut record about a node")
-    pid, started_at, partition, offset, target, length = FACTS.unpack_from(value, start)
-    if len(value) - start != FACTS.size + length or not 0 <= started_at <= LATEST:
-        raise BusRecordError("a record about a node with a wrong length or time")
-    try:
-        host = _name(value[start + FACTS.size :])
-    except UnicodeDecodeError:
-        raise BusRecordError("a host name that is no UTF-8") from None
-    return NodeFacts(host, pid, started_at, partition, offset, target)
 
 
 def decode_items(body: bytes, start: int = 0) -> list[Decoded]:

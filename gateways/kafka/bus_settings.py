@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Protocol
 
 import attrs
 import trio
 
+from gateways.kafka.poller import Began
 from gateways.kafka.records import ConsumedRecord, Record
 
 
@@ -27,6 +28,8 @@ class BusSettings:
     """Messages that may wait for Kafka. Outcome: see `BusWindow`."""
     window_bytes: int = 32 * 1024 * 1024
     """Bytes of them, with an estimate of what a message costs beside its content. Outcome: see `BusWindow`."""
+    checkpoint_age: float = 3600.0
+    """Seconds for which a node may have been away and still gets what was published meanwhile."""
 
 
 class Producer(Protocol):
@@ -50,15 +53,21 @@ class Consumer(Protocol):
     caught_up: trio.Event
     room: Callable[[], Awaitable[None]]
 
+    @property
+    def began(self) -> Mapping[tuple[str, int], Began]: ...
+
+    def commit(self, offsets: Mapping[tuple[str, int], int]) -> None: ...
+
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None: ...
 
     def counters(self) -> dict[str, int]: ...
 
 
 class MakeConsumer(Protocol):
-    """Makes the one consumer of the bus: `topic` from its end, `retained_topic` from its beginning."""
+    """Makes the one consumer of the bus: `topic` from the offsets that are given for its partitions, from its end when
+    there are none; `retained_topic` from its beginning."""
 
-    def __call__(self, on_records: Callable[[list[ConsumedRecord]], None]) -> Consumer: ...
+    def __call__(self, on_records: Callable[[list[ConsumedRecord]], None], offsets: Mapping[int, int]) -> Consumer: ...
 
 
 class TopicSize(Protocol):

@@ -16,6 +16,7 @@ from gateways.kafka.bus_settings import BusSettings
 from gateways.kafka.cluster import Cluster
 from gateways.kafka.dead_letters import DeadLetters
 from gateways.kafka.dlq import Stage
+from gateways.kafka.groups import bus_group
 from gateways.kafka.mapping import JsonMapper, TimestampFormat
 from gateways.kafka.meanings import MEANINGS
 from gateways.kafka.options import KafkaOptions
@@ -130,6 +131,7 @@ class KafkaGateway:
             partitions=options.topics.bus.partitions or DEFAULTS["bus"].partitions,
             window_messages=options.bus.window_messages,
             window_bytes=options.bus.window_bytes,
+            checkpoint_age=options.bus.checkpoint_age,
         )
         producer = ProducerBridge(
             options,
@@ -141,14 +143,19 @@ class KafkaGateway:
             linger_ms=0,
         )
         producer.on_refused = self.dead_letters.refused_on_bus
-        return Bus(settings, host, producer, partial(self._make_consumer, settings.topic, settings.retained_topic),
+        return Bus(settings, host, producer, partial(self._make_consumer, settings, host.node_id),
                    self.cluster.facts, self.dead_letters)  # fmt: skip
 
     def _make_consumer(
-        self, topic: str, retained_topic: str, on_records: Callable[[list[ConsumedRecord]], None]
+        self,
+        settings: BusSettings,
+        node_id: str,
+        on_records: Callable[[list[ConsumedRecord]], None],
+        offsets: Mapping[int, int],
     ) -> ConsumerBridge:
-        assignments: list[Assignment] = [(topic, "end"), (retained_topic, "beginning")]
-        return ConsumerBridge(self.options, self.cluster, assignments, on_records, name="bus")
+        assignments: list[Assignment] = [(settings.topic, offsets), (settings.retained_topic, "beginning")]
+        group = bus_group(node_id)
+        return ConsumerBridge(self.options, self.cluster, assignments, on_records, name="bus", group=group)
 
     def unready(self) -> Sequence[str]:
         """Say what of Kafka is missing that clients of this node rely on: nothing does while neither the bus nor an

@@ -17,7 +17,8 @@ from typing import Final
 import attrs
 import trio
 
-from gateways.kafka.bus_records import Header, Kind, NodeFacts
+from gateways.kafka.bus_records import Header, Kind
+from gateways.kafka.node_facts import NodeFacts
 
 log = logging.getLogger("gateways.kafka.nodes")
 

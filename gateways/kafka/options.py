@@ -51,6 +51,9 @@ class BusOptions:
     messages are dropped."""
     window_bytes: int = attrs.field(default=32 * 1024 * 1024, validator=[ge(1024 * 1024), le(4 * 1024**3)])
     """Bytes that the bus may hold before Kafka has confirmed them. Outcome as above."""
+    checkpoint_age: float = attrs.field(default=3600.0, validator=[ge(0), le(30 * 24 * 3600)])
+    """Seconds for which this node may have been away and still brings its persistent sessions what other nodes
+    published at QoS 1 and 2 meanwhile; the retention of the bus topic bounds it, too. 0: never."""
 
 
 def check_endpoint(_instance: object, _attribute: attrs.Attribute[Any], value: str | None) -> None:

@@ -1,4 +1,4 @@
-"""The thread that reads topics as a whole: all partitions by manual assignment, no group, no commits.
+"""The thread that reads topics as a whole: all partitions by manual assignment, a group at most to store offsets in.
 
 Positions live here, so a consumer that fails or stalls is replaced by one that goes on at the same offsets.
 """
@@ -11,12 +11,16 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final, Literal, Protocol, TypeAlias
 
+import attrs
+
 from gateways.kafka.cluster import Cluster
 from gateways.kafka.records import ConsumedRecord
 
 log = logging.getLogger("gateways.kafka")
 
-From: TypeAlias = Literal["end", "beginning"]
+From: TypeAlias = Literal["end", "beginning"] | Mapping[int, int]
+"""Where to begin: or at a checkpoint, an offset for each partition. Partitions that it does not name came to be since:
+they are read from their beginning. Of an empty one, from the end."""
 Assignment: TypeAlias = tuple[str, From]
 Partition: TypeAlias = tuple[str, int]
 Item: TypeAlias = list[ConsumedRecord] | Callable[[], None]
@@ -26,10 +30,28 @@ CHUNK_RECORDS: Final = 256
 """What the Trio thread handles before other tasks get their turn."""
 POLL_TIMEOUT: Final = 0.2
 LOOK_INTERVAL: Final = 1.0
+BEGINNING: Final = -1
 STALL_TIMEOUT: Final = 30.0
 """Seconds without a record although Kafka has some, after which the consumer is replaced."""
 FIRST_BACKOFF: Final = 0.1
 LONGEST_BACKOFF: Final = 5.0
+
+
+COMMIT_NOTE: Final = "mqtt-trio "
+"""What is stored with an offset: this and the offset. Tools that move an offset leave the note as it is, or away."""
+
+
+@attrs.frozen
+class Began:
+    """Where reading a partition began that is not read from its beginning."""
+
+    start: int
+    end: int
+    """Of the partition at the start: what lies before it was written while nobody read."""
+    missing: int = 0
+    """Records that Kafka deleted before they were read."""
+    moved: bool = False
+    """Somebody has moved the group's offset: it counts."""
 
 
 class ConsumerLike(Protocol):
@@ -43,6 +65,8 @@ class ConsumerLike(Protocol):
     def poll(self, timeout: float) -> list[ConsumedRecord]: ...
     def position(self, partition: Partition) -> int: ...
     def highwater(self, partition: Partition) -> int | None: ...
+    def committed(self, partitions: Sequence[Partition]) -> Mapping[Partition, tuple[int, str]]: ...
+    def commit(self, offsets: Mapping[Partition, tuple[int, str]]) -> None: ...
     @property
     def connected(self) -> bool: ...
     def close(self) -> None: ...
@@ -65,6 +89,8 @@ class Poller:
 
     Attributes:
       lag: records per partition that Kafka has and `hand_over` has not got, as of the last look.
+      began: partitions that are read from a checkpoint or their end; complete when the positions are known.
+      to_commit: offsets to store in the group; set it from any thread, it is empty again once that is done.
     """
 
     def __init__(
@@ -82,6 +108,8 @@ class Poller:
         self.lag: dict[Partition, int] = {}
         self.received = 0
         self.rebuilds = 0
+        self.began: dict[Partition, Began] = {}
+        self.to_commit: Mapping[Partition, int] = {}
         self.on_positions_known: Callable[[], None] | None = None
         self.on_caught_up: Callable[[], None] | None = None
         self._open_consumer = open_consumer
@@ -187,6 +215,7 @@ class Poller:
     def _assign(self, consumer: ConsumerLike) -> None:
         """Assign all partitions, each at its next offset."""
         new: dict[Partition, From] = {}
+        old: dict[Partition, int] = {}
         for topic, start in self._assignments.items():
             self._alive("looking for partitions")
             partitions = consumer.partitions(topic)
@@ -200,13 +229,21 @@ class Poller:
             self._identities[topic] = consumer.identity(topic)
             grown = any(known == topic for known, _ in self._next)  # its other partitions were read before
             for number in partitions:
-                if (topic, number) not in self._next:
-                    new[topic, number] = "beginning" if grown else start
+                if (topic, number) in self._next:
+                    continue
+                if grown or isinstance(start, str) or not start:
+                    new[topic, number] = "beginning" if grown else start or "end"
+                else:
+                    old[topic, number] = start.get(number, BEGINNING)
         self._alive("asking for positions")
         if at_end := [p for p, start in new.items() if start == "end"]:
-            self._next.update(consumer.end_offsets(at_end))
+            ends = consumer.end_offsets(at_end)
+            self._next.update(ends)
+            self.began.update({partition: Began(end, end) for partition, end in ends.items()})
         if at_beginning := [p for p, start in new.items() if start == "beginning"]:
             self._next.update(consumer.first_offsets(at_beginning))
+        if old:
+            self._resume(consumer, old)
         consumer.assign(self._next)
 
     def _miss(self, topic: str) -> None:
@@ -229,10 +266,36 @@ class Poller:
             if self._targets and self._targets.pop(partition, None) is not None:
                 self._targets_changed = True
 
+    def _resume(self, consumer: ConsumerLike, wanted: Mapping[Partition, int]) -> None:
+        """Find out where reading goes on: at the checkpoint, as far as Kafka still has that, or where somebody has
+        moved the group's offset to."""
+        partitions = list(wanted)
+        firsts, ends = consumer.first_offsets(partitions), consumer.end_offsets(partitions)
+        try:
+            stored = consumer.committed(partitions)
+        except Exception as exc:  # no right to read the group: then nobody has moved it
+            log.debug("Kafka consumer %s: the offsets of its group cannot be read: %s", self.name, exc)
+            stored = {}
+        for partition, offset in wanted.items():
+            committed, note = stored.get(partition, (0, ""))
+            moved = partition in stored and note != f"{COMMIT_NOTE}{committed}"
+            at = committed if moved else offset
+            first, end = firsts[partition], ends[partition]
+            if at > end:
+                log.warning("%s-%d ends at %d, in front of the checkpoint %d: is it a new topic?", *partition, end, at)
+            missing = max(0, first - at) if at != BEGINNING else 0
+            start = self._next[partition] = min(max(at, first), end)
+            self.began[partition] = Began(start, end, missing, moved)
+
     def _know_positions(self, consumer: ConsumerLike) -> None:
         """Once: tell that nothing will be missed from now on, and how far there is to read."""
         self._alive("asking for positions")
         self._set_targets(consumer)
+
+        history = [p for p in self._next if self._assignments[p[0]] == "beginning"]
+        ends = dict(consumer.end_offsets(history)) if history else {}
+        ends.update({partition: began.end for partition, began in self.began.items()})
+        self._targets = {p: end for p, end in ends.items() if end > self._next[p]}
         if self.on_positions_known is not None:
             self._give(self.on_positions_known)
         if not self._targets and self.on_caught_up is not None:
@@ -302,6 +365,16 @@ class Poller:
         ):
             raise StalledError(f"no record for {STALL_TIMEOUT:.0f} s although there are {sum(lag.values())}")
         self._look_for_growth(consumer)
+        if self.to_commit:
+            offsets, self.to_commit = self.to_commit, {}
+            self._commit(consumer, offsets)
+
+    def _commit(self, consumer: ConsumerLike, offsets: Mapping[Partition, int]) -> None:
+        """Store offsets in the group. It is for people and tools, so a failure stops nothing."""
+        try:
+            consumer.commit({partition: (offset, f"{COMMIT_NOTE}{offset}") for partition, offset in offsets.items()})
+        except Exception as exc:
+            log.debug("Kafka consumer %s: offsets are not stored: %s", self.name, exc)
 
     def _find_out(self) -> None:
         """No connection stands: that is normal for a moment (an idle one was closed), so ask the servers."""

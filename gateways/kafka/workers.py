@@ -18,6 +18,7 @@ import kafka.errors as kafka_errors
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition, codec
 from kafka.net.compat import KafkaNetClient
 from kafka.net.inet import KafkaNetSocket
+from kafka.structs import OffsetAndMetadata
 
 from gateways.kafka import batches
 from gateways.kafka.batches import Unreadable
@@ -292,10 +293,10 @@ def consumed(record: Any) -> ConsumedRecord:
 
 
 class Consumer:
-    """A KafkaConsumer without a group as the poller uses it."""
+    """A KafkaConsumer as the poller uses it; it joins no group."""
 
-    def __init__(self, options: KafkaOptions, name: str) -> None:
-        """Connect. Blocks for three seconds at most.
+    def __init__(self, options: KafkaOptions, name: str, group: str | None = None) -> None:
+        """Connect. Blocks for three seconds at most. `group` is where `commit` stores offsets.
 
         Raises:
           kafka.errors.KafkaError: no broker answers, or does not let us in.
@@ -310,7 +311,7 @@ class Consumer:
         with leak_safe() as make_client:
             self._consumer = KafkaConsumer(
                 kafka_client=make_client,
-                group_id=None,
+                group_id=group,
                 enable_auto_commit=False,
                 auto_offset_reset="earliest",  # only used when the log was cut off above our own position
                 **config,
@@ -357,6 +358,23 @@ class Consumer:
         """Return the end of the partition as of the last fetch."""
         found: int | None = self._consumer.highwater(TopicPartition(*partition))
         return found
+
+    def committed(self, partitions: Sequence[tuple[str, int]]) -> dict[tuple[str, int], tuple[int, str]]:
+        """Return offset and note of the partitions for which the group has one; none without a group."""
+        found: dict[tuple[str, int], tuple[int, str]] = {}
+        if self._consumer.config["group_id"] is None:
+            return found
+        for partition in partitions:
+            stored = self._consumer.committed(TopicPartition(*partition), metadata=True, timeout_ms=OFFSETS_TIMEOUT_MS)
+            if stored is not None:
+                found[partition] = (stored.offset, stored.metadata or "")
+        return found
+
+    def commit(self, offsets: Mapping[tuple[str, int], tuple[int, str]]) -> None:
+        """Store offsets, each with a note, in the group; does not wait for Kafka's answer."""
+        if self._consumer.config["group_id"] is not None:
+            stored = {TopicPartition(*p): OffsetAndMetadata(offset, note, -1) for p, (offset, note) in offsets.items()}
+            self._consumer.commit_async(stored)
 
     @property
     def connected(self) -> bool:

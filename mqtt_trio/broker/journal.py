@@ -133,6 +133,8 @@ class Journal:
         self.sources: list[Callable[[], Mapping[str, bytes | None]]] = []
         """Asked at each `take` for the marks that have changed: what they say is committed with everything that was
         noted before, and with nothing that comes later."""
+        self.resumed = 0
+        """Owners up to this number are of earlier lives of the node: they were there while it was not."""
         self.marks: dict[str, bytes] = {}
         """What the store held at the start."""
         self.changed: Callable[[], None] = lambda: None

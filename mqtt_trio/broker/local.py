@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from mqtt_trio.broker.broker import Broker
+from mqtt_trio.broker.delivery import Encodings
 from mqtt_trio.broker.fast_lane import FastLane
 from mqtt_trio.broker.lane_frames import first_frame
 from mqtt_trio.broker.message import Message
 from mqtt_trio.broker.outbox import Outbox
-from mqtt_trio.broker.session import Session
+from mqtt_trio.broker.session import Delivery, Session
 from mqtt_trio.broker.tap import FrameRun, read_run
 from mqtt_trio.protocol.codes import ProtocolVersion
 
@@ -85,6 +86,27 @@ class LocalPublisher:
         lane.outbox.frames.clear()
         lane.outbox.touched.clear()
         lane.outbox.room = lane.outbox.limit
+
+    def publish_missed(self, messages: Sequence[Message]) -> None:
+        """Deliver what was published elsewhere while this node was away."""
+        broker, now = self.broker, self.clock()
+        resumed = broker.journal.resumed
+        for message in messages:
+            if not message.qos:
+                continue
+            broker.metrics.messages_local += 1
+            audience = broker.audience(message.topic_name, message.client_id, tapped=False)
+            encodings: Encodings = {}
+            for member in audience.members:
+                if member.qos and 0 < member.session.number <= resumed:
+                    retain = message.retain and member.retain_as_published
+                    qos = min(message.qos, member.qos)
+                    delivery = Delivery(message, qos, retain, member.subscription_identifiers)
+                    broker.sender.send(member.session, delivery, encodings, now)
+            for group in audience.groups:
+                if 0 < group.number <= resumed:
+                    broker.sender.share(group, message, encodings, now)
+        broker.flush()
 
     def set_retained(self, message: Message) -> None:
         """Replace or remove a retained message; nobody is told."""

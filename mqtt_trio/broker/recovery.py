@@ -54,7 +54,7 @@ class Recovery:
         journal, state = self.broker.journal, self.state
         journal.last_owner, journal.last_number = state.last_owner, state.last_number
         journal.safe = journal.last_number
-        journal.marks = state.marks
+        journal.resumed, journal.marks = state.last_owner, state.marks
         for retained in state.retained:
             self._retained(retained)
         for session in state.sessions:

@@ -135,17 +135,17 @@ async def open_memory_broker(
     With a `store`, such as a `MemoryStore` that the test keeps, sessions, their queues and retained messages outlive
     the broker: hand the same one to the next broker. Leaving the block is then like a kill: what was not committed is
     gone; `MemoryBroker.stop` ends it in order. `options` are those of `Broker`: `authenticator`, `authorizer`,
-    `authentication_methods`, ...
+    `authentication_methods`, `wall_offset` (UTC seconds at which the clock stood at 0; by default it is EPOCH when the
+    broker starts), ...
     """
     numbers = itertools.count(1)
     events: list[Event] = []
     broker = Broker(
         limits or Limits(),
         random_id=lambda: f"auto-{next(numbers)}",
-        wall_offset=EPOCH - trio.current_time(),
         events=events.append,
         journal=Journal() if store is not None else None,
-        **options,
+        **{"wall_offset": EPOCH - trio.current_time(), **options},
     )
     storage = Storage(broker, store, inline) if store is not None else None
     if storage is not None:

@@ -10,6 +10,7 @@ import trio
 from gateways.kafka.bus import Bus
 from gateways.kafka.bus_settings import BusSettings
 from gateways.kafka.cluster import TopicFacts
+from gateways.kafka.poller import Began
 from gateways.kafka.records import ConsumedRecord, Record
 from mqtt_trio.errors import StartError
 from mqtt_trio.gateway import FrameRun, LocalClient, Message, Newcomer, ProtocolVersion, Tap
@@ -42,6 +43,8 @@ class MemoryKafka:
     def __init__(self, partitions: int = 12, max_message_bytes: int = 1_048_588) -> None:
         self.sizes = TopicFacts(partitions=partitions, max_message_bytes=max_message_bytes)
         self.logs: dict[tuple[str, int], list[ConsumedRecord]] = {}
+        self.first: dict[tuple[str, int], int] = {}
+        """Offset of the oldest record that is still there."""
         self.here = trio.Event()
         self.here.set()
         self.changed = trio.Event()
@@ -128,7 +131,11 @@ class MemoryConsumer:
     """Reads the bus topic from the end and the retained topic from the beginning, one record a call."""
 
     def __init__(
-        self, kafka: MemoryKafka, settings: BusSettings, on_records: Callable[[list[ConsumedRecord]], None]
+        self,
+        kafka: MemoryKafka,
+        settings: BusSettings,
+        on_records: Callable[[list[ConsumedRecord]], None],
+        offsets: Mapping[int, int],
     ) -> None:
         self.kafka = kafka
         self.settings = settings
@@ -140,6 +147,9 @@ class MemoryConsumer:
         """While it is not set, nothing more is read."""
         self.gate.set()
         self.positions: dict[tuple[str, int], int] = {}
+        self.offsets = offsets
+        self.began: dict[tuple[str, int], Began] = {}
+        self.committed: dict[tuple[str, int], int] = {}
         self.known_partitions: int | None = None
         """As of its metadata; None: as Kafka has."""
 
@@ -148,7 +158,10 @@ class MemoryConsumer:
         await self.kafka.here.wait()
         bus, retained = self.settings.topic, self.settings.retained_topic
         for number in range(self.kafka.sizes.partitions):
-            self.positions[bus, number] = len(self.kafka.log(bus, number))
+            first, end = self.kafka.first.get((bus, number), 0), len(self.kafka.log(bus, number))
+            wanted = self.offsets.get(number, 0) if self.offsets else end
+            start = self.positions[bus, number] = min(max(wanted, first), end)
+            self.began[bus, number] = Began(start, end, max(0, first - wanted))
             self.positions[retained, number] = 0
         self.positions_known.set()
         while True:
@@ -167,6 +180,9 @@ class MemoryConsumer:
             self.caught_up.set()
             await changed.wait()
 
+    def commit(self, offsets: Mapping[tuple[str, int], int]) -> None:
+        self.committed.update(offsets)
+
     def counters(self) -> dict[str, int]:
         return {}
 
@@ -177,6 +193,7 @@ class FakeLocal:
     def __init__(self) -> None:
         self.seen: list[FrameRun | Message] = []
         self.retained: dict[str, Message] = {}
+        self.missed: list[Message] = []
 
     def publish(self, messages: Sequence[Message], *, tapped: bool = False) -> None:
         assert not tapped
@@ -184,6 +201,9 @@ class FakeLocal:
 
     def publish_runs(self, runs: Sequence[FrameRun]) -> None:
         self.seen += runs
+
+    def publish_missed(self, messages: Sequence[Message]) -> None:
+        self.missed += messages
 
     def set_retained(self, message: Message) -> None:
         if message.payload:
@@ -315,8 +335,8 @@ def make_node(kafka: MemoryKafka, node_id: str, settings: BusSettings = SETTINGS
     host = FakeHost(node_id, next(_numbers).to_bytes(16, "big"))
     consumers: list[MemoryConsumer] = []
 
-    def make_consumer(on_records: Callable[[list[ConsumedRecord]], None]) -> MemoryConsumer:
-        consumers.append(MemoryConsumer(kafka, settings, on_records))
+    def make_consumer(on_records: Callable[[list[ConsumedRecord]], None], offsets: Mapping[int, int]) -> MemoryConsumer:
+        consumers.append(MemoryConsumer(kafka, settings, on_records, offsets))
         return consumers[0]
 
     bus = Bus(settings, host, MemoryProducer(kafka), make_consumer, kafka.facts)

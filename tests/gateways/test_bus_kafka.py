@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 
 import attrs
 import pytest
@@ -16,6 +16,7 @@ from gateways.kafka.bus_records import split_frames
 from gateways.kafka.bus_settings import BusSettings
 from gateways.kafka.cluster import Cluster
 from gateways.kafka.options import BusOptions, KafkaOptions, TopicOptions, TopicsOptions
+from gateways.kafka.poller import Assignment
 from gateways.kafka.records import ConsumedRecord
 from gateways.kafka.topic_plan import plan_topics
 from gateways.kafka.topics import TopicManager
@@ -96,9 +97,11 @@ class RealCluster:
             options, cluster, name="bus", compression="lz4", window_records=20_000, window_bytes=1 << 25, linger_ms=0
         )
 
-        def make_consumer(on_records: Callable[[list[ConsumedRecord]], None]) -> ConsumerBridge:
-            assigned = [(self.topic, "end"), (self.retained, "beginning")]
-            return ConsumerBridge(options, cluster, assigned, on_records)  # type: ignore[arg-type]  # Literal strings
+        def make_consumer(
+            on_records: Callable[[list[ConsumedRecord]], None], offsets: Mapping[int, int]
+        ) -> ConsumerBridge:
+            assigned: list[Assignment] = [(self.topic, offsets), (self.retained, "beginning")]
+            return ConsumerBridge(options, cluster, assigned, on_records, group=f"mqtt-trio-bus-{node_id}")
 
         names = BusSettings(topic=self.topic, retained_topic=self.retained, **settings)
         node = RealNode(host, Bus(names, host, producer, make_consumer, cluster.facts))

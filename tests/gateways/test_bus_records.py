@@ -16,18 +16,16 @@ from gateways.kafka.bus_records import (
     Flag,
     Item,
     Kind,
-    NodeFacts,
     UnknownVersionError,
     cut_body,
-    decode_facts,
     decode_header,
     decode_items,
-    encode_facts,
     encode_header,
     encode_items,
     encode_message,
     split_frames,
 )
+from gateways.kafka.node_facts import NodeFacts, decode_facts, encode_facts
 from mqtt_trio.gateway import NO_PROPERTIES, FrameRun, Message, MessageProperties, ProtocolVersion
 from tests.gateways.memory_bus import NOW, frame, run_of
 

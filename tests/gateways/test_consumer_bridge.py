@@ -33,7 +33,10 @@ class FakeConsumer:
         kafka: dict[tuple[str, int], list[bytes]],
         faults: list[Exception],
         lives: dict[str, int] | None = None,
+        group: dict[tuple[str, int], tuple[int, str]] | None = None,
     ) -> None:
+        self.group: dict[tuple[str, int], tuple[int, str]] = {} if group is None else group
+        self.first = 0
         self.kafka = kafka
         self.lives = lives if lives is not None else {}
         """How often each topic was deleted and made again."""
@@ -50,7 +53,7 @@ class FakeConsumer:
         return self.lives.get(topic, 0)
 
     def first_offsets(self, partitions: Sequence[tuple[str, int]]) -> Mapping[tuple[str, int], int]:
-        return dict.fromkeys(partitions, 0)
+        return dict.fromkeys(partitions, self.first)
 
     def end_offsets(self, partitions: Sequence[tuple[str, int]]) -> Mapping[tuple[str, int], int]:
         return {p: len(self.kafka[p]) for p in partitions}
@@ -79,6 +82,12 @@ class FakeConsumer:
 
     def highwater(self, partition: tuple[str, int]) -> int | None:
         return len(self.kafka.get(partition, []))
+
+    def committed(self, partitions: Sequence[tuple[str, int]]) -> Mapping[tuple[str, int], tuple[int, str]]:
+        return {p: self.group[p] for p in partitions if p in self.group}
+
+    def commit(self, offsets: Mapping[tuple[str, int], tuple[int, str]]) -> None:
+        self.group.update(offsets)
 
     def close(self) -> None:
         self.closed.set()

@@ -23,15 +23,13 @@ from gateways.kafka.bus_records import (
     Flag,
     Item,
     Kind,
-    NodeFacts,
-    decode_facts,
     decode_header,
     decode_items,
-    encode_facts,
     encode_header,
     encode_items,
     encode_message,
 )
+from gateways.kafka.node_facts import NodeFacts, decode_facts, encode_facts
 from gateways.kafka.records import ConsumedRecord, Reason
 from gateways.kafka.retained import MAP_KEY
 from mqtt_trio.gateway import Message, MessageProperties, Newcomer
@@ -232,15 +230,15 @@ async def test_begun_bodies_are_bounded_and_the_oldest_goes(
         value = encode_header(Kind.BATCH, number.to_bytes(16, "big"), "foreign", 1, Flag.MORE) + bytes(900)
         node.bus.on_records([ConsumedRecord("monster", 0, number, None, value, (), 0)])
     inbox = node.bus.inbox
-    assert len(inbox._begun) == 11
+    assert len(node.bus.positions.of(0).begun) == 11
     assert inbox._begun_size == 11 * 900
     assert node.counters()["bus_bodies_lost"] == 89
     empty = encode_header(Kind.BATCH, b"e" * 16, "foreign", 1, Flag.MORE)
     huge = encode_header(Kind.BATCH, b"h" * 16, "foreign", 1, Flag.MORE) + bytes(20_000)
-    for value in (empty, huge):
-        node.bus.on_records([ConsumedRecord("monster", 0, 200, None, value, (), 0)])
+    for offset, value in enumerate((empty, huge), 200):
+        node.bus.on_records([ConsumedRecord("monster", 0, offset, None, value, (), 0)])
     assert node.counters()["bus_records_malformed"] == 2
-    assert len(inbox._begun) == 11
+    assert len(node.bus.positions.of(0).begun) == 11
 
 
 async def test_a_flood_that_cannot_be_delivered_has_one_traceback(

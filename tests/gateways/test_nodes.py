@@ -7,7 +7,8 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from gateways.kafka.bus_records import Flag, Header, Kind, NodeFacts
+from gateways.kafka.bus_records import Flag, Header, Kind
+from gateways.kafka.node_facts import NodeFacts
 from gateways.kafka.nodes import ANNOUNCE_INTERVAL, GRACE, SILENCE, Nodes
 from mqtt_trio.errors import StartError
 from tests.gateways.memory_bus import MemoryKafka, start_node

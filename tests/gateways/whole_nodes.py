@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ from gateways.kafka.bus_settings import BusSettings
 from mqtt_trio.broker.store import MemoryStore, Store
 from mqtt_trio.host import Host
 from mqtt_trio.protocol.packets import Publish
-from mqtt_trio.testing import MemoryBroker, TestClient, open_memory_broker
+from mqtt_trio.testing import EPOCH, MemoryBroker, TestClient, open_memory_broker
 from tests.gateways.memory_bus import MemoryConsumer, MemoryKafka, MemoryProducer
 
 SOON = 0.2
@@ -82,22 +82,21 @@ class WholeCluster:
         self, node_id: str, kept: bool, options: dict[str, Any], *, task_status: trio.TaskStatus[WholeNode]
     ) -> None:
         store = self.stores[node_id] if kept else None
+        options = {"wall_offset": EPOCH, **options}  # one clock for all nodes and all their lives
         scope, ended = trio.CancelScope(), trio.Event()
+        instance = next(_numbers).to_bytes(8, "big") + os.urandom(8)
+        made: list[MemoryConsumer] = []
+
+        def make_consumer(on_records: Any, offsets: Mapping[int, int]) -> MemoryConsumer:
+            made.append(MemoryConsumer(self.kafka, self.settings, on_records, offsets))
+            return made[0]
+
         try:
             with scope:
-                async with AsyncExitStack() as stack:
-                    memory = await stack.enter_async_context(open_memory_broker(store=store, **options))
-                    instance = next(_numbers).to_bytes(8, "big") + os.urandom(8)
+                async with open_memory_broker(store=store, **options) as memory, trio.open_nursery() as nursery:
                     host = memory.host = Host(memory.broker, node_id=node_id, instance_id=instance)
-                    made: list[MemoryConsumer] = []
-
-                    def make_consumer(on_records: Any) -> MemoryConsumer:
-                        made.append(MemoryConsumer(self.kafka, self.settings, on_records))
-                        return made[0]
-
                     producer = MemoryProducer(self.kafka)
-                    bus = Bus(self.settings, host, producer, make_consumer, self.kafka.facts)
-                    nursery = await stack.enter_async_context(trio.open_nursery())
+                    bus = Bus(self.settings, host, producer, make_consumer, self.kafka.facts, utc=memory.utc_now)
                     await nursery.start(bus.run)
                     task_status.started(WholeNode(node_id, memory, bus, made[0], producer, scope, ended))
                     await trio.sleep_forever()

@@ -6,7 +6,7 @@ import time
 from typing import Any, Final
 
 import attrs
-from kafka import KafkaConsumer, TopicPartition
+from kafka import KafkaAdminClient, KafkaConsumer, TopicPartition
 
 from gateways.kafka.bus_records import Flag, Kind, decode_header, decode_items
 from mqtt_trio.broker.message import Message
@@ -76,6 +76,16 @@ def read_bus(kafka: KafkaNode, topic: str) -> list[Message]:
             for item in decode_items(record.value, header.body_start):
                 found += [item] if isinstance(item, Message) else read_run(item)
     return found
+
+
+def committed_offsets(kafka: KafkaNode, group: str) -> dict[tuple[str, int], int]:
+    """Return what a group has stored, by topic and partition."""
+    admin = KafkaAdminClient(bootstrap_servers=kafka.servers)
+    try:
+        found = admin.list_group_offsets(group)[group]
+        return {(partition.topic, partition.partition): stored.offset for partition, stored in found.items()}
+    finally:
+        admin.close()
 
 
 def warnings_of(broker: BrokerProcess) -> list[str]:

@@ -11,7 +11,7 @@ import pytest
 from paho.mqtt.enums import MQTTProtocolVersion
 
 from tests.interop.broker_process import BrokerProcess, Brokers
-from tests.interop.cluster import Cluster, warnings_of
+from tests.interop.cluster import Cluster, committed_offsets, warnings_of
 from tests.interop.lines import wait_until
 from tests.interop.mosquitto import END, Received, Subscriber, publish
 from tests.interop.paho_support import V5, V31, V311, Heard, PahoClient, retained_at
@@ -26,6 +26,7 @@ PROPERTIES: Final = (
     ("response-topic", "reply/to"),
     ("correlation-data", "4711"),
 )
+BUS_GROUP: Final = "mqtt-trio-bus-node-b"
 OPTIONS: Final = [word for words in PROPERTIES for word in ("-D", "publish", *words)]
 
 
@@ -155,19 +156,30 @@ def test_retained_message_is_replaced_on_all_nodes(cluster: Cluster, brokers: Br
         assert payload_at(a) is None
 
 
+def settle(one: BrokerProcess, other: BrokerProcess, topic: str) -> None:
+    """Return when what happened at `one` up to now is in Kafka's log: it is not told in an order of its own."""
+    with PahoClient(one) as speaker, PahoClient(other) as listener:
+        listener.subscribe(f"{topic}/settled")
+        speaker.publish(f"{topic}/settled", "", qos=1)
+        listener.received(1)
+
+
 def test_client_moves_with_its_id(cluster: Cluster, brokers: Brokers, topic: str) -> None:
     """It is connected to one node at a time; a session that outlives the connection stays on its node."""
     a, b, c = (brokers.start(cluster.config(), name=name) for name in ("node-a", "node-b", "node-c"))
     name = f"mover-{topic}"
     with PahoClient(a, client_id=name, clean=False, session_expiry_interval=600) as at_a:
         at_a.subscribe(topic)
+        settle(a, b, topic)
         with PahoClient(b, client_id=name, clean=False, transport="websockets") as at_b:
             assert at_a.ended.wait(10)
             assert at_a.reason is not None
             assert at_a.reason.value == 0x8E
             at_b.subscribe(topic)
+            settle(b, a, topic)
             with PahoClient(c, client_id=name, version=V311, clean=False) as at_c:
                 assert at_b.ended.wait(10)
+                settle(c, a, topic)
                 at_c.publish(topic, "from c", qos=1)
                 with PahoClient(a, client_id=name, clean=False, session_expiry_interval=600) as again:
                     assert at_c.ended.wait(10)
@@ -203,6 +215,29 @@ def test_restart_after_kill_is_no_second_node(cluster: Cluster, brokers: Brokers
         at_witness.subscribe(topic)
         at_risen.publish(topic, "back", qos=1)
         assert at_witness.received(1) == [Heard(topic, b"back", 1)]
+
+
+def test_sessions_get_what_came_while_their_node_was_away(cluster: Cluster, brokers: Brokers, topic: str) -> None:
+    """Once and again, for it is killed each time."""
+    a = brokers.start(cluster.config(), name="node-a")
+    with PahoClient(a) as publisher:
+        sent: list[bytes] = []
+        for life in range(3):
+            b = brokers.make(cluster.config(), name=f"node-b{life}", node_id="node-b")
+            b.data = brokers.directory / "data of node b"
+            b.start()
+            with PahoClient(b, client_id="kept", clean=False, session_expiry_interval=600) as kept:
+                kept.subscribe(f"{topic}/#")
+                assert sorted(message.payload for message in kept.received(len(sent))) == sorted(sent)
+                publisher.publish(f"{topic}/live", f"{life} live", qos=2)
+                kept.received(len(sent) + 1)
+            if life == 2:  # tools see it as well, seconds later
+                wait_until(lambda: len(committed_offsets(cluster.kafka, BUS_GROUP)) == 12, "offsets in Kafka", 30)
+            b.kill()
+            sent = [f"{life} {number}".encode() for number in range(100)]
+            for number, payload in enumerate(sent):
+                publisher.publish(f"{topic}/{number % 7}", payload, qos=1 + number % 2)
+                publisher.publish(f"{topic}/{number % 7}", "not kept", qos=0)
 
 
 @pytest.mark.parametrize("bus", [False, True])
