@@ -37,7 +37,9 @@ PROGRESS: Final = 20
 PROGRESS_LIMIT: Final = 120.0
 CALM_LIMIT: Final = 240.0
 COMMAND_LIMIT: Final = 120.0
-STOP_LIMIT: Final = 90.0
+SHUTDOWN_TIMEOUT: Final = 10
+STOP_LIMIT: Final = SHUTDOWN_TIMEOUT + 8.0
+"""Seconds from SIGTERM to the end of the process, on a busy machine."""
 REQUIRED: Final = ("lost", "duplicate", "order")
 
 
@@ -130,7 +132,7 @@ class KafkaCampaign:
             else f'[[ArchiveGroups]]\nName = "Ledger"\nFilter = "t/#"\nStore = "KAFKA"\nKafkaTopic = "{TOPIC}"\n{keys}'
         )
         listeners = '[[Listeners]]\nType = "tcp"\nPort = 1\n[[Listeners]]\nType = "websocket"\nPort = 2\n'
-        head = f'[Node]\nId = "{name}"\n{listeners}[Shutdown]\nTimeout = 60\n'
+        head = f'[Node]\nId = "{name}"\n{listeners}[Shutdown]\nTimeout = {SHUTDOWN_TIMEOUT}\n'
         return f'{head}[Kafka]\nServers = "{self.stage.servers}"\n{table}'
 
     def run(self) -> StreamReport:
@@ -229,11 +231,12 @@ class KafkaCampaign:
             done = f"{self.faults.total()} of {self.options.kills} faults"
             self.progress(f"{done}, {len(self.crew.messages)} messages, last: {kind}")
 
-    def _perhaps_kill(self) -> None:
+    def _perhaps_more(self) -> None:
         """A misfortune seldom comes alone."""
-        if "broker" in self.options.faults and self.rng.random() < 0.3:
-            self._fault_broker(wait=False)
-            self.faults["broker meanwhile"] += 1
+        kind = self.rng.choice(("broker", "term", "", "", ""))
+        if kind in self.options.faults:
+            getattr(self, f"_fault_{kind}")(wait=False)
+            self.faults[f"{kind} meanwhile"] += 1
 
     def _fault_broker(self, *, wait: bool = True) -> None:
         node = self.rng.choice(self.nodes)
@@ -243,25 +246,32 @@ class KafkaCampaign:
         if wait:
             node.wait()
 
-    def _fault_term(self) -> None:
+    def _fault_term(self, *, wait: bool = True) -> None:
         node = self.rng.choice(self.nodes)
+        self._stop(node)
+        node.start(timed=wait)
+        if wait:
+            node.wait()
+
+    def _stop(self, node: Node) -> None:
+        """End a node in order, whatever its Kafka does [K18]."""
+        began = self.world.now
         if code := node.stop(self.world.run, STOP_LIMIT):
-            self.trouble.append(Violation("broker", node.name, f"ended with {code} after SIGTERM"))
-        node.start()
-        node.wait()
+            text = f"ended with {code} {self.world.now - began:.0f} s after SIGTERM"
+            self.trouble.append(Violation("broker", node.name, text))
 
     def _fault_leader(self) -> None:
         leader = self._do(self.stage.leader, "monster" if self.options.mode == "bus" else TOPIC, self.rng.randrange(12))
         self._do(self.stage.cluster.kill, leader)
         self._pause(0.0, 2.0)
-        self._perhaps_kill()
+        self._perhaps_more()
         self._do(self.stage.cluster.start, leader)
 
     def _fault_freeze(self) -> None:
         number = self.rng.randint(1, self.options.brokers)
         self._do(self.stage.cluster.pause, number)
         self._pause(0.5, 6.0)
-        self._perhaps_kill()
+        self._perhaps_more()
         self._do(self.stage.cluster.resume, number)
 
     def _fault_cut(self) -> None:
@@ -278,7 +288,7 @@ class KafkaCampaign:
         index = self.rng.choice((None, self.rng.randrange(self.options.brokers)))
         self.stage.network.set(weather, index)
         self._pause(least, most)
-        self._perhaps_kill()
+        self._perhaps_more()
         self.stage.network.set(FAIR)
 
     def _outage(self) -> None:
@@ -318,8 +328,7 @@ class KafkaCampaign:
         else:
             self._wait_for_records()
         for node in self.nodes:
-            if code := node.stop(self.world.run, STOP_LIMIT):
-                self.trouble.append(Violation("broker", node.name, f"ended with {code} after SIGTERM"))
+            self._stop(node)
         if self.options.mode != "bus":
             self.found = self._do(self.stage.read, TOPIC)
 
