@@ -56,6 +56,9 @@ class Reporter(Device):
     def missed(self, connection: Connection, data: bytes) -> None:
         if connection.reset and self.refuses and not self.habits.v5:
             self.history.counts["disconnected instead of refused"] += 1
+            for out in self.outgoing.values():
+                if isinstance(out.message, Numbered) and not out.released:
+                    out.message.given_back += 1
             return
         super().missed(connection, data)
 

@@ -21,6 +21,9 @@ class Numbered(Message):
 
     lives: set[int] = attrs.Factory(set)
     """Numbers of the broker processes that a PUBLISH of it was written to."""
+    given_back: int = 0
+    """How often it was on its way when the broker ended a 3.x connection, as it does instead of a refusal: the broker
+    does not count as having it then, although it may store it, and has it anew when it comes again [K9]."""
 
 
 @attrs.frozen
@@ -49,7 +52,8 @@ def judge_stream(
     """Return every violation, and how often messages came again.
 
     A QoS 2 message may come again once for each further life of the broker that wrote it: those that it was sent to;
-    or, where the broker keeps on disk what it has yet to write, all from the first one to `last_life`.
+    or, where the broker keeps on disk what it has yet to write, all from the first one to `last_life`. Each time that
+    it was given back counts as a life.
     """
     by_payload = {message.payload: message for message in messages}
     duplicates = Duplicates()
@@ -104,6 +108,7 @@ def _judge_repeats(
         lives = len(message.lives)
         if last_life is not None and message.lives:
             lives = last_life - min(message.lives) + 1
+        lives += message.given_back
         duplicates.qos2 += min(again, lives - 1)
         if again >= lives:
             plural = "life" if lives == 1 else "lives"

@@ -112,6 +112,14 @@ def test_each_life_of_the_broker_may_write_a_qos_2_message_once() -> None:
     assert kinds([message], copies, last_life=5) == ["duplicate"]
 
 
+def test_what_was_given_back_may_come_again() -> None:
+    message = sent(1, qos=2)
+    message.given_back = 1
+    copies = [record(message)] * 3
+    assert judge_stream([message], copies[:2]) == ([], Duplicates(qos2=1))
+    assert kinds([message], copies) == ["duplicate"]
+
+
 def test_foreign_and_altered_records() -> None:
     message = sent(1)
     alien = Found(0, "t/0", 1, b"what?", "p")
