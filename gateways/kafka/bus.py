@@ -44,6 +44,8 @@ NOTE_INTERVAL: Final = 1.0
 NOTE_RECORDS: Final = 100
 IDLE_NOTE_INTERVAL: Final = 5.0
 """They are when so many records have come, or some within this time."""
+OF_THREADS: Final = frozenset(("records_resent", "rebuilds", "threads_left", "threads_hung"))
+"""Counters of the bridges that the bus does not keep itself."""
 CONFLICT_GRACE: Final = 3.0
 """Seconds that a node which has to give way takes to ship what it holds."""
 
@@ -292,4 +294,6 @@ class Bus:
             **self.clients.counters(),
             **inbox.counters(),
             **retained.counters(),
+            **{f"bus_producer_{name}": n for name, n in self._producer.counters().items() if name in OF_THREADS},
+            **{f"bus_consumer_{name}": n for name, n in self._consumer.counters().items() if name in OF_THREADS},
         }

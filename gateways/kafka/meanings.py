@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
+from gateways.kafka.bus import OF_THREADS
 from gateways.kafka.records import Reason
 
 _PRODUCER: Final = {
@@ -13,8 +14,14 @@ _PRODUCER: Final = {
     "records_failed": "Records that Kafka will never have.",
     "records_resent": "Records that were sent again by a new producer because they had no outcome.",
     "rebuilds": "Producers that were replaced.",
-    "threads_left": "Threads that did not end and were left behind.",
+    "threads_left": "Gauge: threads that hang and have a successor, or did not end with their producer.",
     "threads_hung": "Times that a thread did not come back from a call of the client library.",
+}
+
+_CONSUMER: Final = {
+    "rebuilds": "Consumers that were replaced.",
+    "threads_left": "Gauge: threads that hang and have a successor.",
+    "threads_hung": _PRODUCER["threads_hung"],
 }
 
 _BUS: Final = {
@@ -31,6 +38,7 @@ _BUS: Final = {
     "records_received": "Records that were read from the bus topic.",
     "records_own": "Those of them that this node had written.",
     "messages_received": "Messages of other nodes that were delivered to clients of this one.",
+    "messages_of_backlog": "Messages that were published while this node was away, and went to sessions that it keeps.",
     "records_doubled": "Records that a repeated attempt to write them had doubled; left out.",
     "records_missing": "Records of other nodes that never came.",
     "records_malformed": "Records that cannot be read; left out.",
@@ -38,7 +46,7 @@ _BUS: Final = {
     "clients_announced": "Clients whose connection was told to the other nodes.",
     "clients_taken_over": "Clients and sessions that ended because their client is on another node now.",
     "clients_forgotten": "Clients that were not told to the other nodes because too many waited for that.",
-    "bodies_lost": "Bodies over several records, a part of which never came.",
+    "bodies_lost": "Bodies over several records that gave way to others, because too many had begun.",
     "records_undelivered": "Records that could not be delivered by an error of this node.",
 }
 
@@ -64,6 +72,8 @@ MEANINGS: Final[Mapping[str, str]] = {
     "outages": "Times that Kafka went away.",
     **{f"archive_{name}": f"{meaning[:-1]}, of archive groups." for name, meaning in _PRODUCER.items()},
     **{f"bus_{name}": meaning for name, meaning in _BUS.items()},
+    **{f"bus_producer_{name}": f"{_PRODUCER[name][:-1]}, of the bus." for name in sorted(OF_THREADS)},
+    **{f"bus_consumer_{name}": f"{meaning[:-1]}, of the bus." for name, meaning in _CONSUMER.items()},
     **{f"retained_{name}": meaning for name, meaning in _RETAINED.items()},
     **{f"dlq_{name}": meaning for name, meaning in _DLQ.items()},
     **{f"dlq_{reason}": f"Dead letters because of {reason}." for reason in Reason},
