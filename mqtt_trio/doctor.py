@@ -6,6 +6,7 @@ One line a check, as soon as it is made: the verdict, what was looked at, what w
 from __future__ import annotations
 
 import importlib
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,8 +58,13 @@ def examine(loaded: LoadedConfig) -> Iterator[Finding]:
 def _directory(path: Path) -> Iterator[Finding]:
     about = f"directory {path}"
     if not path.is_dir():
-        yield Finding(Verdict.NOTE, about, "is not there yet; the first start makes it")
+        if os.path.lexists(path):
+            yield Finding(Verdict.PROBLEM, about, "is no directory", "Persistence.Path or --data names it")
+        else:
+            yield Finding(Verdict.NOTE, about, "is not there yet; the first start makes it")
         return
+    if not os.access(path, os.W_OK | os.X_OK):
+        yield Finding(Verdict.PROBLEM, about, "cannot be written", "let the user that runs the broker write there")
     try:
         free = shutil.disk_usage(path).free
     except OSError as exc:
@@ -71,8 +77,11 @@ def _directory(path: Path) -> Iterator[Finding]:
 
 def _store(path: Path) -> Iterator[Finding]:
     about = f"session store {path}"
-    if not path.exists():
-        yield Finding(Verdict.NOTE, about, "is not there yet; the first start makes it")
+    if not path.is_file():
+        if path.exists():
+            yield Finding(Verdict.PROBLEM, about, "is no file", "move it away, or choose another place with --data")
+        else:
+            yield Finding(Verdict.NOTE, about, "is not there yet; the first start makes it")
         return
     try:
         report = check_store_file(path)
@@ -82,7 +91,7 @@ def _store(path: Path) -> Iterator[Finding]:
         return
     rows = [line.removesuffix(ROWS) for line in report.lines if line.endswith(ROWS)]
     lines = [line.removeprefix(f"{path}: ") for line in report.lines if not line.endswith(ROWS)]
-    facts = "; ".join([*lines, f"checksums are right of {', '.join(rows)}"])
+    facts = "; ".join([*lines, f"checksums are right of {', '.join(rows)}"] if rows else lines)
     yield Finding(Verdict.NOTE if report.problems else Verdict.OK, about, facts)
     mend = "the next start keeps what is readable and sets the file aside (docs/reliability.md)"
     for problem in report.problems:

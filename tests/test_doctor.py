@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import re
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from mqtt_trio import __main__ as command_line
 from mqtt_trio.archive.spool import SpoolRecord, spool_path
 from mqtt_trio.archive.spool_log import SpoolLog
+from mqtt_trio.server.sqlite_store import FILE_NAME
 from tests.certificates import Certificates
 
 LINE = re.compile(r"(ok|note|PROBLEM) +(\S.*?): (\S.*)")
@@ -37,6 +39,29 @@ def test_a_first_look(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Non
     assert code == 0
     assert [verdict for verdict, _, _ in found] == ["note", "note"]
     assert not (tmp_path / "new").exists(), "a doctor makes nothing"
+
+
+def test_places_where_no_store_can_be(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    code, found = doctor(capsys, tmp_path / "file")
+    assert (code, found[0][:2]) == (1, ("PROBLEM", f"directory {tmp_path / 'file'}"))
+    assert found[0][2].startswith("is no directory -> ")
+    (tmp_path / FILE_NAME).mkdir()
+    code, found = doctor(capsys, tmp_path)
+    assert (code, found[1][:2]) == (1, ("PROBLEM", f"session store {tmp_path / FILE_NAME}"))
+
+
+def test_a_directory_that_cannot_be_written(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # rights would not stop root
+    code, found = doctor(capsys, tmp_path)
+    assert code == 1
+    assert (
+        "PROBLEM",
+        f"directory {tmp_path}",
+        "cannot be written -> let the user that runs the broker write there",
+    ) in found
 
 
 def test_no_session_store_is_looked_for_where_there_is_none(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -64,6 +64,8 @@ class SqliteStore:
         self._db: sqlite3.Connection | None = None
         self._writer: Writer | None = None
         self._commits = 0
+        self._files: tuple[tuple[int, int] | None, ...] = ()
+        """Which files are open: the database and its log."""
 
     def load(self) -> StoredState:
         """Open the file and return what it holds. One that is damaged, another program's or of a later version is set
@@ -106,9 +108,7 @@ class SqliteStore:
             return
         assert self._writer is not None, "load comes first"
         try:
-            if self._db is None:
-                self._db = self._reopen()
-            db = self._db
+            db = self._trusted()
             db.execute("BEGIN IMMEDIATE")
             self._writer.write(db, batch)
             db.execute("COMMIT")
@@ -160,6 +160,7 @@ class SqliteStore:
 
     def _begin(self, contents: Contents) -> None:
         state = contents.state
+        self._files = self._files_there()
         in_flight = {row[0]: row[1] for row in state.deliveries if row[2]}
         self._writer = Writer(in_flight, (state.last_owner, state.last_number))
         if contents.orphans:
@@ -167,11 +168,27 @@ class SqliteStore:
             self.commit(contents.removal_of_orphans())
         self._give_back(GIVE_BACK_TIME)
 
+    def _trusted(self) -> sqlite3.Connection:
+        """Return the connection, made anew where the last one was not trusted any more."""
+        if self._db is None:
+            self._db = self._reopen()
+            self._files = self._files_there()
+        elif self._files_there() != self._files:
+            raise StoreError(
+                f"session store {self.path} cannot be written: the file or its log was removed or replaced while in"
+                " use; put it back, or restart the broker, which begins with what is there"
+            )
+        return self._db
+
     def _reopen(self) -> sqlite3.Connection:
         if not self.path.exists():
             # A new file would hold this batch and nothing of what came before.
             raise UnusableFileError("the file is gone", ours=True)
         return connect(self.path, synchronous=self._synchronous)
+
+    def _files_there(self) -> tuple[tuple[int, int] | None, ...]:
+        """Which files have our names. One that was removed would take commits as before, and end with the process."""
+        return tuple(_identity(path) for path in (self.path, f"{self.path}-wal"))
 
     def _recover(self, exc: BaseException | None) -> None:
         """After a failed commit: back to the last one, with a connection that is trusted."""
@@ -224,3 +241,12 @@ class SqliteStore:
             logger.debug("session store %s: unused pages are kept: %s", self.path, exc)
             if db.in_transaction:
                 db.execute("ROLLBACK")
+
+
+def _identity(path: str | Path) -> tuple[int, int] | None:
+    """Device and inode of a file; None where there is none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino

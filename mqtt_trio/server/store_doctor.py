@@ -53,8 +53,11 @@ def check_store_file(path: Path) -> StoreReport:
         _check_unused(path)
         log_size = _size(Path(f"{path}-wal"))
         report.lines.append(f"{path}: {_size(path, required=True)} bytes, write-ahead log {log_size} bytes")
-        with _readable(path, copied=log_size > 0) as db:
-            _check(db, report, committed_frames(f"{path}-wal"))
+        if log_size or _size(path):
+            with _readable(path, copied=log_size > 0) as db:
+                _check(db, report, committed_frames(f"{path}-wal"))
+        else:
+            report.lines.append("it is empty, as a start that was cut off leaves it; the next one goes on")
     except OSError as exc:
         raise store_error(path, exc, "cannot be checked") from exc
     except (sqlite3.Error, UnicodeDecodeError) as exc:  # the latter for a message that quotes damage

@@ -93,6 +93,14 @@ def test_what_is_no_database(tmp_path: Path) -> None:
     assert report.lines[-1].startswith(f"set aside earlier: {path}.corrupt-")
 
 
+def test_what_a_start_that_was_cut_off_leaves_is_sound(tmp_path: Path) -> None:
+    path = tmp_path / "sessions.sqlite3"
+    path.touch()
+    report = check_store_file(path)
+    assert report.problems == []
+    assert report.lines[-1].startswith("it is empty, ")
+
+
 def test_no_file_and_a_file_in_use(tmp_path: Path) -> None:
     path = tmp_path / "sessions.sqlite3"
     with pytest.raises(StoreError, match=r"cannot be checked: No such file or directory"):

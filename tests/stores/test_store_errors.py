@@ -224,6 +224,22 @@ def test_a_file_that_vanished_is_not_begun_anew(tmp_path: Path) -> None:
     assert len(load(path).sessions) == 2
 
 
+@pytest.mark.parametrize("name", ["sessions.sqlite3", "sessions.sqlite3-wal"])
+def test_what_is_removed_or_replaced_in_use_takes_no_commits(tmp_path: Path, name: str) -> None:
+    """SQLite would go on in a file without a name, and everything acknowledged since would end with the process."""
+    path, used = tmp_path / "sessions.sqlite3", tmp_path / name
+    with loaded(path) as store:
+        store.commit(session(1))
+        used.rename(tmp_path / "moved")
+        for _ in range(2):
+            with pytest.raises(StoreError, match="was removed or replaced while in use; put it back, or restart"):
+                store.commit(session(2))
+            used.touch()
+        (tmp_path / "moved").rename(used)
+        store.commit(session(2))
+    assert len(load(path).sessions) == 2
+
+
 def test_the_log_and_the_file_stay_bounded(tmp_path: Path) -> None:
     path, log = tmp_path / "sessions.sqlite3", tmp_path / "sessions.sqlite3-wal"
     largest = 0
