@@ -176,6 +176,7 @@ class Recovery:
         delivery = Delivery(message, flags & 3, flags & RETAIN != 0, _identifiers(identifiers), group, number)
         if packet_id and session is not None:
             session.inflight[packet_id] = Released(number) if flags & RELEASED else delivery
+            session.last_number = number  # what leaves the queue behind it may have a lower one
             return
         owner_found = session or group
         assert owner_found is not None

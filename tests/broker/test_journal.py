@@ -454,34 +454,6 @@ async def test_a_full_journal_of_a_failing_store_stops_nobody(autojump_clock: Cl
     assert not link.paused
 
 
-@pytest.mark.parametrize("qos", [1, 2])
-async def test_a_retained_value_stays_in_front_of_a_newer_one(autojump_clock: Clock, qos: int) -> None:
-    """The newer one was queued, and numbered, before the retained one was sent."""
-    play = Play()
-    play.connect("p", V4, kept=False)
-    for number, topic in ((1, "r/a"), (2, "r/b"), (3, "r/t")):
-        play.send("p", publish(number, qos, topic, retain=True))
-    play.world.do("commit", "", None)
-    play.connect("s", V5, receive_maximum=2)
-    play.send("s", Subscribe(1, (Subscription("r/+", QoS(qos)),)))
-    play.world.do("commit", "", None)
-    play.send("p", publish(9, qos, "r/t"))
-    play.world.do("commit", "", None)
-    live = play.world.broker.connections.sessions["s"]
-    for packet_id in (1, 2):
-        play.send("s", PubAck(packet_id) if qos == 1 else PubRec(packet_id))
-        play.world.do("commit", "", None)
-        if qos == 2:
-            play.send("s", PubComp(packet_id))
-            play.world.do("commit", "", None)
-    restored = play.restart().broker.connections.sessions["s"]
-    for session in (live, restored):
-        deliveries = [entry for entry in session.inflight.values() if isinstance(entry, Delivery)]
-        owed = [d.message.payload for d in (*deliveries, *session.queue)]
-        assert owed == [b"3", b"9"]
-    assert list(live.inflight) == list(restored.inflight)
-
-
 async def test_a_suback_that_the_client_does_not_take_ends_it(autojump_clock: Clock) -> None:
     play = Play()
     link = play.connect("s", V5, maximum_packet_size=20)
