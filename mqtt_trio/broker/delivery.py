@@ -139,7 +139,8 @@ class Sender:
         """Send one QoS 1 or 2 delivery; the caller has seen a free slot and room."""
         packet_id = session.take_id()
         gated = delivery.qos == 2 and not session.number and self._waits_for_others(delivery)
-        waits = gated or (delivery.qos == 2 and session.number != 0)  # for the store to have its Packet Identifier
+        # For the store to have its Packet Identifier; or only behind others that wait [MQTT5-4.6.0-6].
+        waits = gated or (delivery.qos == 2 and (session.number != 0 or outbox.held_size > 0))
         frame = self._frame(delivery, outbox, encodings, packet_id, now, plain=waits)
         if frame is None:
             if delivery.number:

@@ -11,6 +11,7 @@ from mqtt_trio.broker.message import Message
 from mqtt_trio.broker.outbox import ClientLink, Outbox
 from mqtt_trio.broker.reasons import NO_SUCH_IDENTIFIER, why_not_published
 from mqtt_trio.broker.session import PendingAck, Session
+from mqtt_trio.broker.store import Number
 from mqtt_trio.broker.tap import Hold, Refused, TapRoute
 from mqtt_trio.protocol.codes import ProtocolVersion, ReasonCode
 from mqtt_trio.protocol.packets import Packet, PubAck, PubComp, Publish, PubRec, PubRel
@@ -61,11 +62,20 @@ class Inbound:
         gated = packet.qos == 2 and journal.keeps and (packet.retain or audience.kept)
         broker.sender.deliver(message, audience, now, gated=gated)
         if packet.qos:
-            kept = (before, journal.last_number) if journal.last_number != before else None
-            self.acknowledge(session, packet.qos, packet.packet_id or 0, answers, kept)
+            self._answer(session, packet, answers, before)
         if link.lane is not None:
             link.lane.learn(message.topic_name, audience)
         return True
+
+    def _answer(self, session: Session, packet: Publish, answers: Sequence[Hold | Refused], before: Number) -> None:
+        """Acknowledge a message that was delivered; `before` is the last number of the journal in front of it."""
+        packet_id, last = packet.packet_id or 0, self.broker.journal.last_number
+        kept = (before, last) if last != before else None
+        if kept is None and packet.retain and packet.qos == 2 and session.number and packet_id in session.received:
+            # It removed nothing. Behind a kill it would be new when it comes again, and undo what came after it, which
+            # the store knows for received.
+            self.broker.keeper.received(session, packet_id, gated=bool(answers))
+        self.acknowledge(session, int(packet.qos), packet_id, answers, kept)
 
     def _message(self, session: Session, packet: Publish, now: float) -> Message:
         return Message(

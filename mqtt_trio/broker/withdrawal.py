@@ -60,6 +60,7 @@ class Withdrawal:
             if session.link is not None:
                 session.link.end(REFUSAL, f"messages cannot be stored: {reason}")
         for outbox in outboxes:
+            self._let_go(outbox)
             for held in outbox.held:
                 replies, held.replies = held.replies, []
                 if replies and outbox.session is not None:
@@ -68,6 +69,21 @@ class Withdrawal:
             # Behind all of its answers: what it sent meanwhile is answered after them.
             if outbox.session is not None and outbox.session.link is not None:
                 broker.unstall(outbox.session.link)
+
+    def _let_go(self, outbox: Outbox) -> None:
+        """Send what only waited behind copies that have been taken back: the store need not have it."""
+        session = outbox.session
+        if session is None or session.number:
+            return
+        for held in outbox.held:
+            while held.publishes:
+                packet_id = next(iter(held.publishes))
+                entry = session.inflight.get(packet_id)  # none: its client has acknowledged what it cannot have
+                if entry is not None and number_of(entry):
+                    return  # it goes on waiting, and so does what is behind it
+                frame = held.publishes.pop(packet_id)
+                outbox.held_size -= len(frame)
+                outbox.put(frame)
 
     def _refuse_repetitions(self, outbox: Outbox) -> None:
         """Of the answers that go on waiting, say no to those whose message was taken back with another connection."""
