@@ -194,6 +194,7 @@ class Client:
         self.was_left_early |= not self.talk.accepted
         self.talk = None
         self.receiver.disconnected()
+        self.subscriber.disconnected()
 
     def _come_back(self) -> None:
         if self.talk is None:

@@ -34,6 +34,7 @@ class Arrived:
     """0 at QoS 0."""
     user_properties: bytes
     """As they stood in the property block."""
+    retain: bool = False
 
 
 def split(data: bytes) -> tuple[list[tuple[int, bytes]], bytes]:
@@ -120,7 +121,7 @@ def read_publish(first: int, body: bytes, v5: bool, aliases: dict[int, str]) -> 
                 aliases[alias] = topic_name
         else:
             at += 1
-    return Arrived(topic_name, body[at:], qos, bool(first & DUP), packet_id, user_properties)
+    return Arrived(topic_name, body[at:], qos, bool(first & DUP), packet_id, user_properties, bool(first & 1))
 
 
 def read_code(body: bytes) -> int:

@@ -71,7 +71,6 @@ class DurableWorld(DirectWorld):
         self.disk = disk
         self.fate = fate
         self.rng = random.Random(f"disk {seed}")
-        self.life = 0
         self.out: Batch | None = None
         """The batch that is being written."""
         self.connections: list[DirectConnection] = []
@@ -195,6 +194,7 @@ class DurableWorld(DirectWorld):
         self.past.update(self.broker.metrics.snapshot())
         self.connections.clear()
         self.life += 1
+        self.last_life_at = self.now
         self.out = None
         self.outages_before_kill = self.outages * killed
         self.outages = 0

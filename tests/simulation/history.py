@@ -68,6 +68,10 @@ class Delivery:
     qos: int
     user_properties: bytes
     at: float
+    retained: bool = False
+    """It came with RETAIN: for the sake of a new subscription."""
+    life: int = 0
+    """How often the broker had begun anew."""
 
 
 @attrs.define
@@ -77,6 +81,8 @@ class Interest:
     filters: dict[str, int]
     """Topic Filter -> QoS. Those that match one topic are subscribed to together or not at all."""
     v5: bool
+    lasts: bool = True
+    """Its sessions outlive their connections."""
     spans: defaultdict[str, list[Span]] = attrs.Factory(lambda: defaultdict(list))
     deliveries: list[Delivery] = attrs.Factory(list)
     first_sent: Counter[bytes] = attrs.Factory(Counter)
@@ -85,6 +91,8 @@ class Interest:
     """How often its session ended."""
     left: bool = False
     """It has ever unsubscribed."""
+    asked: Counter[str] = attrs.Factory(Counter)
+    """Topic Filter -> SUBSCRIBE packets with it."""
 
     @property
     def shared(self) -> bool:
@@ -122,6 +130,10 @@ class History:
     """How often the broker was killed."""
     restless: bool = False
     """It was killed, or its store took nothing for a while."""
+    lives: int = 0
+    """How often the broker began anew."""
+    last_life_at: float = 0.0
+    """When the broker began anew last."""
     trace: list[Note] | None = None
 
     @cached_property

@@ -52,6 +52,10 @@ class World:
     """Whether `Connection.written` has all that the broker meant to write, also what its outbox held at the end."""
     kills = 0
     """How often the broker was killed."""
+    life = 0
+    """How often it began anew."""
+    last_life_at = 0.0
+    """When it did last."""
     failed_at = -1.0
     """When its store last took nothing; publishers were refused until then."""
     outages = 0

@@ -43,26 +43,31 @@ def judge(history: History) -> list[Violation]:
 
 def _judge_deliveries(client: str, interest: Interest, history: History) -> Iterator[Violation]:
     """Judge what came: once, in order, unchanged, and wanted."""
-    count: Counter[bytes] = Counter()
+    count: Counter[tuple[bytes, int]] = Counter()
     last: dict[tuple[Flow, int], int] = {}
     for delivery in interest.deliveries:
+        if not delivery.payload:
+            continue  # a retained message was removed; who by, nobody can see
         message = history.by_payload.get(delivery.payload)
         if message is None or message.sent_at > delivery.at:
             yield Violation("forged", client, f"got {delivery.payload!r}, which nobody had sent")
             continue
         flow = message.flow
-        count[delivery.payload] += 1
         if wrong := _difference(delivery, message, interest):
             yield Violation("altered", client, f"got {message} with {wrong}", flow)
-        if interest.shared:
+        if interest.shared or delivery.retained:
             wanted = any(span.may_from <= delivery.at for spans in interest.spans.values() for span in spans)
         else:
             wanted = _wanted(message, interest, must=False)
         if not wanted:
             yield Violation("unwanted", client, f"got {message} without a subscription", flow)
+        if delivery.retained:
+            continue  # `keepsakes` judges the rest
         if delivery.qos == 2 and message.refused_at < NEVER:
             yield Violation("refused", client, f"got {message}, which its publisher was told is not kept", flow)
-        if count[delivery.payload] > 1:
+        life = 0 if interest.lasts or _is_kept(message, history) else delivery.life
+        count[delivery.payload, life] += 1
+        if count[delivery.payload, life] > 1:
             if delivery.qos == 2:
                 yield Violation("duplicate", client, f"got {message} again", flow)
             continue
@@ -81,16 +86,28 @@ def _judge_deliveries(client: str, interest: Interest, history: History) -> Iter
             yield Violation("repeated", client, text, sent.flow)
 
 
+def _is_kept(message: Message, history: History) -> bool:
+    """Whether the store must have had a message for some session before anybody got it at QoS 2. Otherwise nobody knows
+    of it any more when the broker ends, and all sessions that it came to end with it: it may come to the next ones."""
+    return any(
+        interest.lasts
+        and not interest.shared
+        and effective_qos(message, interest)
+        and _wanted(message, interest, must=True)
+        for interest in history.interests.values()
+    )
+
+
 def _most_as_new(message: Message, interest: Interest, history: History) -> float:
     """How often a message may be sent without DUP. A broker that was killed may not know that it sent one at QoS 1, nor
     that it received one that it did not have to keep yet; at QoS 2 it sends nothing that it does not know for good."""
     if effective_qos(message, interest) == 2:
-        return 1
+        return 1 if interest.lasts or _is_kept(message, history) else 1 + history.lives
     if interest.shared:
         return NEVER  # each member has it anew
     if message.qos == 2 and not history.restless:
         return 1
-    return message.attempts + history.kills
+    return message.attempts * (1 + history.kills)
 
 
 def _difference(delivery: Delivery, message: Message, interest: Interest) -> str:
@@ -107,9 +124,9 @@ def _difference(delivery: Delivery, message: Message, interest: Interest) -> str
 
 def _judge_debts(client: str, interest: Interest, history: History) -> Iterator[Violation]:
     """Look for what should have come and did not."""
-    got = {delivery.payload for delivery in interest.deliveries}
+    got = {delivery.payload for delivery in interest.deliveries if not delivery.retained}
     for message in history.messages:
-        if interest.shared or message.payload in got or not effective_qos(message, interest):
+        if interest.shared or message.removes or message.payload in got or not effective_qos(message, interest):
             continue
         if message.refused_at < NEVER:
             continue

@@ -137,11 +137,11 @@ def make_durable_plan(seed: int) -> Plan:
     publishers = clients[:DURABLE_PUBLISHERS]
     write_messages(rng, publishers, DURABLE_MESSAGES)
     for number, publisher in enumerate(rng.sample(publishers, 3)):
-        _write_retained(rng, publisher, f"$kept/{number}")
+        write_retained(rng, publisher, f"$kept/{number}")
     return Plan(seed=seed, limits=limits, clients=clients)
 
 
-def _write_retained(rng: random.Random, publisher: ClientPlan, topic: str) -> None:
+def write_retained(rng: random.Random, publisher: ClientPlan, topic: str) -> None:
     """Have one publisher set the retained message of a topic, and now and then remove it, at one QoS."""
     qos = rng.choice((1, 2))
     instants = sorted(rng.random() * CALM_AT for _ in range(rng.randint(1, 4)))

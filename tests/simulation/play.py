@@ -19,6 +19,8 @@ from tests.simulation.disks import Disk, MemoryDisk
 from tests.simulation.durable import DurableWorld, make_fate
 from tests.simulation.groups import judge_groups
 from tests.simulation.history import History
+from tests.simulation.keepsakes import judge_keepsakes
+from tests.simulation.mixed_plan import make_mixed_plan
 from tests.simulation.network import World
 from tests.simulation.on_trio import TrioWorld
 from tests.simulation.oracle import Violation, judge, judge_retained
@@ -68,6 +70,20 @@ def play_durable(
     return conclude_durable(plan, history, world, clients)
 
 
+def play_mixed(
+    clock: trio.testing.MockClock, seed: int, lane: type[FastLane] = FastLane, *, traced: bool = False
+) -> Outcome:
+    """Play a seed with sessions that are kept beside others, and with subscribers of retained messages."""
+    plan = make_mixed_plan(seed)
+    history = History(plan.messages, trace=[] if traced else None)
+    world = DurableWorld(clock, plan.limits, lane, MemoryDisk(), make_fate(seed), seed)
+    clients = start_clients(plan, world, history)
+    run(world, history)
+    outcome = conclude_durable(plan, history, world, clients)
+    outcome.violations += judge_keepsakes(history)
+    return outcome
+
+
 def play_shares(
     clock: trio.testing.MockClock, seed: int, lane: type[FastLane] = FastLane, *, traced: bool = False
 ) -> Outcome:
@@ -101,6 +117,7 @@ def run(world: DirectWorld, history: History) -> None:
 def conclude_durable(plan: Plan, history: History, world: DurableWorld, clients: list[Client]) -> Outcome:
     """Judge what happened, and what the store holds now."""
     history.kills, history.restless = world.kills, bool(world.kills) or world.failed_at >= 0
+    history.lives, history.last_life_at = world.life, world.last_life_at
     outcome = conclude(plan, history, world.broker, clients, world.past)
     counts = history.counts
     counts["kills"], counts["commits"] = world.kills, world.commits

@@ -30,6 +30,8 @@ class Written:
     qos: int = 1
     kills: int = 0
     """How often the broker had been killed when it was last written."""
+    unsure: bool = False
+    """It may be another copy of the same message: when it was written first is not known."""
 
 
 class Receiver:
@@ -154,7 +156,7 @@ class Receiver:
         """Complain about a PUBLISH that may not be written now, whatever becomes of it."""
         client, packet_id = self.client, arrived.packet_id
         name = f"PUBLISH {packet_id} {arrived.payload[:40]!r}"
-        if not arrived.dup:
+        if not arrived.dup and not arrived.retain:
             client.subscriber.interest.first_sent[arrived.payload] += 1
         if arrived.qos == 0:
             if arrived.dup:
@@ -177,6 +179,12 @@ class Receiver:
         name = f"PUBLISH {packet_id} {arrived.payload[:40]!r}"
         client.history.counts["DUP"] += 1
         other = written is None or written.payload != arrived.payload
+        if written is not None and not other and written.finished and (arrived.retain or not arrived.payload):
+            # What is retained comes again for each SUBSCRIBE, perhaps under the same identifier, and so may another
+            # removal: nobody can tell which copy this is.
+            self._written[packet_id] = self._new(arrived, connection)
+            self._written[packet_id].unsure = True
+            return
         known = written is not None and not other and written.kills == connection.kills
         if not known and (not other or self._may_be_unknown(written)):
             self._order += 1
@@ -196,9 +204,10 @@ class Receiver:
             client.complain(f"{name} was sent again after its PUBREL")
         kind = arrived.qos if client.world.holds or client.subscriber.interest.shared else 0
         before = self._repeated.get(kind)
-        if before is not None and before[0] is connection and written.order < before[1]:
-            client.complain(f"{name} was sent again behind one that had been sent later")
-        self._repeated[kind] = connection, written.order
+        if not written.unsure:
+            if before is not None and before[0] is connection and written.order < before[1]:
+                client.complain(f"{name} was sent again behind one that had been sent later")
+            self._repeated[kind] = connection, written.order
         written.connection = connection
         written.finished = False
 
@@ -224,7 +233,14 @@ class Receiver:
 
     def _deliver(self, arrived: Arrived) -> None:
         """Hand a message to the application."""
+        world = self.client.world
         delivery = Delivery(
-            arrived.topic_name, arrived.payload, arrived.qos, arrived.user_properties, self.client.world.now
+            arrived.topic_name,
+            arrived.payload,
+            arrived.qos,
+            arrived.user_properties,
+            world.now,
+            arrived.retain,
+            world.life,
         )
         self.client.subscriber.interest.deliveries.append(delivery)

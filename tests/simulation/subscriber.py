@@ -31,7 +31,7 @@ class Subscriber:
     def __init__(self, client: Client) -> None:
         self.client = client
         plan = client.plan
-        self.interest = Interest({**plan.filters, **plan.late_filters}, plan.habits.v5)
+        self.interest = Interest({**plan.filters, **plan.late_filters}, plan.habits.v5, plan.habits.lasts)
         client.history.interests[client.name] = self.interest
         self.requests: deque[Request] = deque()
         if plan.filters:
@@ -68,12 +68,20 @@ class Subscriber:
                 spans[-1].must_until = min(spans[-1].must_until, now)
         if request.wanted:
             client.note(f"SUBSCRIBE {' '.join(request.filters)}")
+            self.interest.asked.update(request.filters)
             filters = [(f, self.interest.filters[f]) for f in request.filters]
             talk.writing.append(subscribe(client.version, request.packet_id, *filters))
         else:
             client.note(f"UNSUBSCRIBE {' '.join(request.filters)}")
             self.interest.left = True
             talk.writing.append(unsubscribe(client.version, request.packet_id, *request.filters))
+
+    def disconnected(self) -> None:
+        """The connection is gone, or about to be: of a session that goes with it nothing is owed that did not come."""
+        if not self.interest.lasts:
+            for spans in self.interest.spans.values():
+                for span in spans:
+                    span.must_from = NEVER
 
     def ends(self) -> None:
         """The session is about to end: nothing is owed from here on."""
@@ -96,6 +104,8 @@ class Subscriber:
         """What the broker confirmed while its store took nothing is gone if it was killed before the store had it: it
         is asked for again."""
         now, world = self.client.world.now, self.client.world
+        if not self.interest.lasts:
+            self._early.clear()  # all of it ended with the connection
         again = [request for request, commits in self._early if world.commits < commits + 2]
         self._early.clear()
         for request in again:
@@ -136,7 +146,7 @@ class Subscriber:
         for topic_filter in request.filters:
             spans = self.interest.spans[topic_filter]
             if request.wanted:
-                if client.habits.lasts:  # else nobody but the broker knows how long
+                if client.habits.lasts or not self.interest.shared:  # else nobody but the broker knows how long
                     spans[-1].must_from = min(spans[-1].must_from, client.world.now)
             elif spans:
                 spans[-1].may_until = min(spans[-1].may_until, client.world.now)
