@@ -6,7 +6,7 @@ import json
 import re
 import socket
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Final, cast
 
@@ -25,8 +25,10 @@ from mqtt_trio.gateway import Gateway
 from mqtt_trio.monitor import LATENCY_LIMIT, TICK, WINDOW, LoopWatch, meanings_of_metrics
 from mqtt_trio.protocol.codes import ProtocolVersion
 from mqtt_trio.protocol.packets import ConnAck, Connect
+from mqtt_trio.server.http import CONNECTIONS
 from mqtt_trio.testing import TestClient
-from tests.http_support import fetch
+from tests.certificates import Certificates
+from tests.http_support import answers, fetch, read_all, request
 
 LIMIT: Final = 30.0
 
@@ -229,6 +231,53 @@ async def test_health_asks_for_a_restart_when_the_loop_is_late(tmp_path: Path) -
 
 
 # Beside MQTT
+
+
+async def test_many_connections_are_bounded_and_disturb_nobody(tmp_path: Path) -> None:
+    node = Node(load(tmp_path))
+    async with run_node(node) as port, AsyncExitStack() as stack:
+        assert node.monitor is not None
+        listener = node.monitor.listener
+        assert listener is not None
+        idle = [
+            await stack.enter_async_context(await trio.open_tcp_stream("127.0.0.1", port)) for _ in range(CONNECTIONS)
+        ]
+        while listener.connections < CONNECTIONS:
+            await trio.lowlevel.checkpoint()
+        async with await trio.open_tcp_stream("127.0.0.1", port) as further:
+            assert await further.receive_some(1) == b"", "closed at once"
+        async with await trio.open_tcp_stream("127.0.0.1", node.listeners[0].port) as stream:
+            client = TestClient(stream, ProtocolVersion.MQTT_5_0)
+            await client.send(Connect(client_id="c"))
+            await client.expect(ConnAck)
+        assert node.broker.metrics.connections_over_limit == 1
+        await idle[0].aclose()
+        while listener.connections == CONNECTIONS:
+            await trio.lowlevel.checkpoint()
+        assert (await fetch(port, "/healthz")).status == 200
+
+
+async def test_over_tls(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    certificates = Certificates(tmp_path)
+    pair = certificates.server()
+    node = Node(load(tmp_path, f"Http.Tls.CertFile={pair.cert_file}", f"Http.Tls.KeyFile={pair.key_file}"))
+    async with run_node(node) as port:
+        plain = await trio.open_tcp_stream("127.0.0.1", port)
+        stream = trio.SSLStream(
+            plain, certificates.client_context(), server_hostname="localhost", https_compatible=True
+        )
+        async with stream:
+            await stream.send_all(request("Connection: close", line="GET /readyz HTTP/1.1"))
+            (answer,) = answers(await read_all(stream))
+        assert answer.status == 200
+        with caplog.at_level("INFO"):
+            async with await trio.open_tcp_stream("127.0.0.1", port) as confused:
+                await confused.send_all(request())
+                with pytest.raises(trio.BrokenResourceError):
+                    await confused.receive_some(100)
+        assert "plain HTTP came; this port speaks TLS" in caplog.text
+        assert node.monitor is not None
+        assert node.monitor.http.failures == 0
 
 
 async def test_it_is_off_without_a_port(tmp_path: Path) -> None:
