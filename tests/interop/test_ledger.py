@@ -38,6 +38,15 @@ def test_an_archive_holds_what_was_acknowledged(tmp_path: Path) -> None:
     assert table["records"] >= table["acknowledged"]
 
 
+def test_two_nodes_hear_each_other_over_faults_of_kafka(tmp_path: Path) -> None:
+    """The nodes live on: what one that is killed had told Kafka nothing of is kept once the bus has a spool [K22]."""
+    load = ("--mode", "bus", "--on-outage", "none", "--kills", "3", "--faults", "leader,cut,silence")
+    code, table = figures(tmp_path / "figures.json", *load)
+    assert (code, table["violations"]) == (0, []), f"seed {table['seed']}"
+    assert table["acknowledged"] == table["messages"] > 500
+    assert table["records"] >= 4 * table["messages"], "two subscribers on each node, all of them get everything"
+
+
 @pytest.mark.parametrize(
     "planted, faults, found",
     [
