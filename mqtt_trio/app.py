@@ -78,7 +78,13 @@ class Node:
         if persistence.store == "SQLITE":
             store = SqliteStore(persistence.path / FILE_NAME, synchronous=cast(Synchronous, persistence.synchronous))
             self.storage = Storage(self.broker, store)
-        self.host = Host(self.broker, node_id=self.options.node.id, instance_id=secrets.token_bytes(16))
+        self.host = Host(
+            self.broker,
+            node_id=self.options.node.id,
+            instance_id=secrets.token_bytes(16),
+            data=persistence.path,
+            synchronous=persistence.synchronous,
+        )
         self.clients = Clients(self.broker, _make_poller(self.broker))
         self.gateways: dict[str, Gateway] = {}
         self.groups: list[ArchiveGroup] = []

@@ -127,6 +127,9 @@ class GatewayHost(Protocol):
     def commit(self) -> None:
         """Have the store commit soon, though nothing but marks may have changed."""
 
+    def make_spool(self, name: str, max_bytes: int) -> Spool:
+        """Make a spool of this name among the node's data. Whoever asks runs and stops it."""
+
     def watch_clients(self, watcher: Callable[[Newcomer], None]) -> None:
         """Tell `watcher` of each client that has connected with a Client Identifier of its own, behind its CONNACK.
         It runs inside the hot stretch, is quick and does not raise."""

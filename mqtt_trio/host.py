@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import trio
 
+from mqtt_trio.archive.spool import Spool, spool_path
 from mqtt_trio.broker.broker import Broker
 from mqtt_trio.broker.connections import Newcomer
 from mqtt_trio.broker.local import LocalPublisher
@@ -15,10 +17,20 @@ from mqtt_trio.broker.tap import Tap
 class Host:
     """Implements `mqtt_trio.gateway.GatewayHost`."""
 
-    def __init__(self, broker: Broker, *, node_id: str, instance_id: bytes) -> None:
+    def __init__(
+        self,
+        broker: Broker,
+        *,
+        node_id: str,
+        instance_id: bytes,
+        data: Path = Path("data"),
+        synchronous: str = "FULL",
+    ) -> None:
+        """`data` is where spools are made, `synchronous` what a power loss may cost them."""
         self.broker = broker
         self.node_id = node_id
         self.instance_id = instance_id
+        self._data, self._synchronous = data, synchronous
 
     def add_tap(self, tap: Tap) -> None:
         """Show every accepted publish to `tap`."""
@@ -44,6 +56,10 @@ class Host:
         if self.broker.journal.keeps:
             self.broker.journal.dirty = True
             self.broker.flush()
+
+    def make_spool(self, name: str, max_bytes: int) -> Spool:
+        """Make a spool of this name."""
+        return Spool(spool_path(self._data, name), max_bytes=max_bytes, synchronous=self._synchronous)
 
     def watch_clients(self, watcher: Callable[[Newcomer], None]) -> None:
         """Tell `watcher` of each client that connects."""

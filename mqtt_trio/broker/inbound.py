@@ -12,7 +12,7 @@ from mqtt_trio.broker.outbox import ClientLink, Outbox
 from mqtt_trio.broker.reasons import NO_SUCH_IDENTIFIER, why_not_published
 from mqtt_trio.broker.session import PendingAck, Session
 from mqtt_trio.broker.store import Number
-from mqtt_trio.broker.tap import Hold, Refused, TapRoute
+from mqtt_trio.broker.tap import Hold, Refused, TapRoute, keeps
 from mqtt_trio.protocol.codes import ProtocolVersion, ReasonCode
 from mqtt_trio.protocol.packets import Packet, PubAck, PubComp, Publish, PubRec, PubRel
 
@@ -47,7 +47,11 @@ class Inbound:
         self._count(packet.qos)
         audience = broker.audience(message.topic_name, session.client_id)
         journal = broker.journal
-        if journal.failing is not None and packet.qos and (packet.retain or audience.kept):
+        if (
+            journal.failing is not None
+            and packet.qos
+            and (packet.retain or audience.kept or any(map(keeps, audience.taps)))
+        ):
             broker.metrics.refused_by_store += 1
             self.refuse_unkept(session, packet.qos, packet.packet_id or 0)
             return True
@@ -159,8 +163,10 @@ class Inbound:
         """Send PUBACK or PUBREC, or queue it behind what it has to wait for. `kept`: the store must have these
         deliveries first."""
         holds = [answer for answer in answers if isinstance(answer, Hold)]
-        if qos == 2 and kept is not None and kept != AGAIN and session.number and packet_id in session.received:
-            self.broker.keeper.received(session, packet_id, gated=bool(holds))
+        if qos == 2 and session.number and packet_id in session.received and kept != AGAIN:
+            noted = any(hold.kept for hold in holds)
+            if kept is not None or noted:
+                self.broker.keeper.received(session, packet_id, gated=any(not hold.kept for hold in holds))
         link = session.link
         if link is None and not (holds and qos == 2 and packet_id in session.received):
             return  # the delivery ended its own publisher
@@ -288,7 +294,8 @@ class Inbound:
                 session.acks.append(waiting)
                 return
             message = self._message(session, packet, now)
-            answers = self.show(self.broker.audience(message.topic_name, session.client_id).taps, message)
+            taps = self.broker.audience(message.topic_name, session.client_id).taps
+            answers = self.show([tap for tap in taps if not keeps(tap)], message)
             if self.refused(session, 2, packet_id, answers):
                 return
             del session.gates[packet_id]

@@ -42,11 +42,15 @@ class FrameRun:
 
 class Hold:
     """A tap's promise to say later when a message may be acknowledged. `release` it exactly once, on the Trio thread,
-    then have the touched clients flushed (`flush` of whoever handed out the broker)."""
+    then have the touched clients flushed (`flush` of whoever handed out the broker).
 
-    __slots__ = ("_waiter", "refused", "released")
+    `kept`: the tap notes the message in the node's store, in the batch of everything else that it leads to, and lets go
+    behind that commit; after a crash the message needs not be shown to it again (see `keeps`)."""
 
-    def __init__(self) -> None:
+    __slots__ = ("_waiter", "kept", "refused", "released")
+
+    def __init__(self, *, kept: bool = False) -> None:
+        self.kept = kept
         self._waiter: Callable[[], None] | None = None
         self.released = False
         self.refused: ReasonCode | None = None
@@ -87,6 +91,12 @@ class TapRoute(Protocol):
 
     def take(self, message: Message) -> Answer:
         """Take one message from the full path."""
+
+
+def keeps(route: TapRoute) -> bool:
+    """Whether a route has an attribute `keeps` that is true: it notes what it takes in the node's store, and answers
+    with Holds that are `kept`. A QoS 2 message that comes again is not shown to it a second time."""
+    return bool(getattr(route, "keeps", False))
 
 
 class Tap(Protocol):

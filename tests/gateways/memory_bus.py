@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from pathlib import Path
 
 import attrs
 import trio
@@ -12,6 +13,7 @@ from gateways.kafka.bus_settings import BusSettings
 from gateways.kafka.cluster import TopicFacts
 from gateways.kafka.poller import Began
 from gateways.kafka.records import ConsumedRecord, Record
+from mqtt_trio.archive.spool import Spool, inline, spool_path
 from mqtt_trio.errors import StartError
 from mqtt_trio.gateway import FrameRun, LocalClient, Message, Newcomer, ProtocolVersion, Tap
 
@@ -228,6 +230,7 @@ class FakeHost:
         self.local = FakeLocal()
         self.taps: list[Tap] = []
         self.stopped: list[bool] = []
+        self.data: Path | None = None
         self.watchers: list[Callable[[Newcomer], None]] = []
         self.clients: dict[str, float] = {}
         """Clients that are connected, and when they did so."""
@@ -248,6 +251,10 @@ class FakeHost:
 
     def commit(self) -> None:
         pass
+
+    def make_spool(self, name: str, max_bytes: int) -> Spool:
+        assert self.data is not None, "this test has no place for a spool"
+        return Spool(spool_path(self.data, name), max_bytes=max_bytes, synchronous="OFF", run_sync=inline)
 
     def watch_clients(self, watcher: Callable[[Newcomer], None]) -> None:
         self.watchers.append(watcher)
