@@ -52,6 +52,7 @@ def make_strict_converter() -> TomllibConverter:
     converter.register_structure_hook_func(lambda tp: tp is object or tp is Any, lambda value, _: value)
     converter.register_structure_hook_func(lambda tp: bool(schema.choices(tp)), _structure_choice)
     converter.register_structure_hook_func(_is_path, _structure_path)
+    converter.register_structure_hook(FilePath, _structure_path)  # cattrs has one of its own, which takes "" for "."
     converter.register_structure_hook_factory(_is_list, lambda tp: _list_hook(tp, converter))
     converter.register_structure_hook_factory(_is_free_table, lambda tp: _free_table_hook(tp, converter))
     converter.register_structure_hook_factory(_is_union, lambda tp: _union_hook(tp, converter))

@@ -34,7 +34,8 @@ class Keeper:
         self.withdrawal = Withdrawal(broker, self)
         self.retained_changes = RetainedChanges()
         self.left_out: set[str] = set()
-        """Topics of retained messages in the store for which [Limits] left no room at the start."""
+        """Topics of retained messages in the store for which [Limits] left no room at the start, as long as it has
+        these."""
         self.outage_since: float | None = None
         """Monotonic instant of the first of the commits that failed, until one with messages succeeds. A store without
         space goes on taking what needs none: that is no end of the outage, it only lets the next message try."""
@@ -42,6 +43,8 @@ class Keeper:
         """Whether the batch that is out does."""
         self._rows = 0
         """Rows of messages in it."""
+        self._replaced: set[str] = set()
+        """Topics of its retained messages, where some were left out."""
 
     # Sessions
 
@@ -174,7 +177,6 @@ class Keeper:
         self.journal.size += ROW_SIZE + len(row[1])
         self.journal.take_number()  # the publisher's answer waits for it
         self.journal.dirty = True
-        self.left_out.discard(message.topic_name)
 
     def retained_gone(self, topic_name: str) -> None:
         """A retained message was removed, has expired, or had to go; or may be in the store alone."""
@@ -183,7 +185,6 @@ class Keeper:
             self.journal.size += ROW_SIZE
             self.journal.take_number()
             self.journal.dirty = True
-            self.left_out.discard(topic_name)
 
     def retained_by(self, message: Message, before: Message | None) -> None:
         """The change that was noted last is that of this PUBLISH; until the store has it, it may be refused. `before`:
@@ -201,6 +202,9 @@ class Keeper:
         retained = self.broker.retained
         if message is not None and retained.set(message):
             self.retained(message)
+        elif topic_name in self.left_out:
+            retained.remove(topic_name)
+            self.journal.batch.retained.pop(topic_name, None)  # the store has another one
         else:
             retained.remove(topic_name)
             self.retained_gone(topic_name)
@@ -213,6 +217,8 @@ class Keeper:
         broker, journal = self.broker, self.journal
         batch = journal.take()
         self._brings_messages = batch.brings_messages
+        if self.left_out:
+            self._replaced = set(batch.retained)
         self._rows = len(batch.deliveries) + len(batch.moves) + len(batch.done)
         if id(journal) in broker.stopped:
             broker.resume_publishers(journal)
@@ -226,6 +232,8 @@ class Keeper:
             self.outage_since = None
         broker.metrics.store_commits += 1
         broker.metrics.store_rows += self._rows
+        self.left_out -= self._replaced
+        self._replaced = set()
         outboxes = journal.committed()
         self.retained_changes.committed(journal.safe)
         for outbox in outboxes:

@@ -9,7 +9,7 @@ import trio.testing
 from mqtt_trio.broker.broker import Broker
 from mqtt_trio.broker.session import Delivery
 from mqtt_trio.protocol.codes import QoS
-from mqtt_trio.protocol.packets import PubAck, Subscribe, Subscription
+from mqtt_trio.protocol.packets import PubAck, Subscribe, Subscription, Unsubscribe
 from tests.lane_worlds import V5
 from tests.store_play import Play, publish
 
@@ -20,6 +20,21 @@ GROUP = "$share/g/t"
 def member(play: Play, name: str, *, kept: bool, **fields: int) -> None:
     play.connect(name, V5, kept=kept, **fields)
     play.send(name, Subscribe(1, (Subscription(GROUP, QoS(1)),)))
+
+
+async def test_what_a_member_takes_along_outlives_a_kill(autojump_clock: Clock) -> None:
+    play = Play()
+    member(play, "k", kept=True)
+    member(play, "other", kept=True)
+    play.connect("p", V5, kept=False)
+    play.send("p", publish(1, 1))
+    play.send("p", publish(2, 1))
+    play.world.commit()
+    first, second = (name for name in ("k", "other") if play.world.broker.connections.sessions[name].inflight)
+    for name in (first, second):
+        play.send(name, Unsubscribe(2, (GROUP,)))
+    play.world.commit()
+    assert sorted(sent(play.restart().broker, first) + sent(play.restart().broker, second)) == [1, 2]
 
 
 def waiting(broker: Broker) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from typing import Any, TypeAlias
 
+import attrs
 import pytest
 import trio.testing
 
@@ -16,6 +17,7 @@ from mqtt_trio.broker.recovery import Recovery
 from mqtt_trio.broker.retained_changes import RetainedChanges
 from mqtt_trio.broker.store import Batch
 from mqtt_trio.protocol.codes import QoS
+from mqtt_trio.protocol.encode import encode
 from mqtt_trio.protocol.packets import Publish
 from tests.lane_worlds import V4, V5
 from tests.store_play import Play
@@ -173,6 +175,46 @@ async def test_a_message_left_out_at_the_start_does_not_come_back(autojump_clock
     raised = Broker(Limits(), random_id=lambda: "x")
     Recovery(raised, retaining.store.load(), 0.0).run()
     assert {message.topic_name for message in raised.retained} == {*kept, other}
+
+
+async def test_a_refused_message_leaves_alone_what_was_left_out_at_the_start(autojump_clock: Clock) -> None:
+    retaining = Retaining()
+    for number in range(2):
+        retaining.retain("p", b"old", 1, f"r/{number}")
+    retaining.play.world.commit()
+
+    lowered = Play(retained_messages=1)
+    lowered.world.store = retaining.store
+    Recovery(lowered.world.broker, retaining.store.load(), 0.0).run()
+    lowered.connect("p", V5, kept=False)
+    (kept,) = (message.topic_name for message in lowered.world.broker.retained)
+    (left_out,) = {"r/0", "r/1"} - {kept}
+    lowered.send("p", Publish(kept, b"", QoS(0), retain=True))  # now there is room
+    lowered.world.commit()
+    lowered.send("p", Publish(left_out, b"new", QoS(1), retain=True, packet_id=1))
+    lowered.fail("p")
+    lowered.world.commit()
+    assert [(row[0], row[1][-3:]) for row in retaining.store.load().retained] == [(left_out, b"old")]
+    lowered.send("p", Publish(left_out, b"newer", QoS(1), retain=True, packet_id=2))
+    lowered.world.commit()
+    assert [row[1][-5:] for row in retaining.store.load().retained] == [b"newer"]
+    assert not lowered.world.broker.keeper.left_out
+
+
+async def test_a_removal_of_nothing_at_qos_2_undoes_nothing_behind_a_kill(autojump_clock: Clock) -> None:
+    retaining = Retaining()
+    play = retaining.play
+    play.connect("p3", V4)
+    removal = Publish("q", b"", QoS(2), retain=True, packet_id=7)
+    assert play.send("p3", removal) == b"\x50\x02\x00\x07"
+    retaining.retain("p", b"new", 1, "q")
+    play.world.commit()
+    world = play.restart()
+    link = world.connect("p3", V4, clean_start=False)
+    world.feed(link, encode(attrs.evolve(removal, dup=True), V4))
+    kept = world.broker.retained.get("q")
+    assert kept is not None
+    assert kept.payload == b"new"
 
 
 @pytest.mark.parametrize("seed", range(20))
