@@ -22,6 +22,8 @@ from mqtt_trio.protocol.topics import topic_matches
 
 HARD_BOUND: Final = 2
 """Times `window_bytes`, from where on publishers are stopped altogether."""
+RELEASE_LIMIT: Final = 500
+"""Acknowledgements that go out before other tasks get their turn."""
 LOG_INTERVAL: Final = 10.0
 """Seconds between two lines about messages that were not stored."""
 
@@ -183,7 +185,8 @@ class ArchiveGroup:
         scope = self._scope
         try:
             await self.shipper.stop()
-            self._release()
+            while self._release():
+                pass
         finally:
             self._log_failures()
             if missing := self._taken_messages - self.shipper.safe:
@@ -199,41 +202,47 @@ class ArchiveGroup:
         while True:
             await self._done.wait()
             self._done = trio.Event()
-            self._release()
+            while self._release():
+                await trio.lowlevel.checkpoint()  # thousands may be due at once: let others in
             if self.shipper.failures:
                 self._note_failures()
 
-    def _release(self) -> None:
+    def _release(self) -> bool:
+        """Release what may go, RELEASE_LIMIT at a time; say whether there may be more."""
         released = self._release_safe() if self._gated else self._release_inside()
         if self._stopped_publishers and not self._is_outside(self._taken_messages, self._taken_bytes):
             self._stopped_publishers = False
             self._host.resume_publishers(self)
-            released = True
+            released = released or 1
         if released:
             self._host.flush()
+        return released >= RELEASE_LIMIT
 
-    def _release_safe(self) -> bool:
-        """Acknowledge what the store or the spool has [K9]; say whether there was anything."""
+    def _release_safe(self) -> int:
+        """Acknowledge what the store or the spool has [K9]; return how many."""
         holds, safe, refused = self._holds, self.shipper.safe, self.shipper.refused
-        released = False
+        released = 0
         while holds and holds[0][1] <= safe:
+            if released >= RELEASE_LIMIT:
+                return released
             hold, messages, _ = holds.popleft()
             hold.release(ReasonCode.IMPLEMENTATION_SPECIFIC_ERROR if refused and messages - 1 in refused else None)
-            released = True
-        refused.clear()
+            released += 1
+        if refused:
+            refused.difference_update([number for number in refused if number < safe])
         return released
 
-    def _release_inside(self) -> bool:
-        """Acknowledge what is inside the window now; say whether there was anything."""
-        released = False
+    def _release_inside(self) -> int:
+        """Acknowledge what is inside the window now; return how many."""
+        released = 0
         self.shipper.refused.clear()
-        while self._holds:
+        while self._holds and released < RELEASE_LIMIT:
             hold, messages, used = self._holds[0]
             if self._is_outside(messages, used):
                 break
             self._holds.popleft()
             hold.release()
-            released = True
+            released += 1
         return released
 
     def _is_outside(self, messages: int, used: int) -> bool:

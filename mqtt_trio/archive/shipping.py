@@ -15,11 +15,12 @@ from typing import Final
 import attrs
 import trio
 
+from mqtt_trio.archive.decoding import RunReader
 from mqtt_trio.archive.spool import Spool, SpoolRecord, nothing
 from mqtt_trio.archive.spooled import Item, count_of, pack_items, read_items
 from mqtt_trio.archive.store import ArchiveStore, Outcome
 from mqtt_trio.broker.message import Message
-from mqtt_trio.broker.tap import FrameRun, read_run
+from mqtt_trio.broker.tap import FrameRun
 from mqtt_trio.errors import RemoteProtocolError, StoreError
 
 BATCH: Final = 1000
@@ -78,6 +79,7 @@ class Shipper:
         """Called when `safe`, or what is left in the window, may have changed."""
         self.store_changed: Callable[[], None] = nothing
         """Called when the store went away or came back."""
+        self._reader = RunReader()
         self.pending: deque[tuple[Item, int]] = deque()
         self.taken = trio.Event()
         self.left_messages = self.left_bytes = self.settled = 0
@@ -320,7 +322,7 @@ class Shipper:
 
     def _read_run(self, run: FrameRun) -> list[Message] | None:
         try:
-            return read_run(run)
+            return self._reader.read(run)
         except RemoteProtocolError:
             # The fast lane looked at every frame, so this is a bug; it must cost its run, not the archive.
             logger.exception("archive group %s: a run of %d frames is unreadable", self.name, run.count)

@@ -61,8 +61,10 @@ class Hold:
             return
         self.released = True
         self.refused = refused
-        if self._waiter is not None:
-            self._waiter()
+        # The waiter knows this Hold: a cycle for each message would keep the garbage collector busy.
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None:
+            waiter()
 
     def when_released(self, waiter: Callable[[], None]) -> None:
         """Call `waiter` at the release (used by the broker)."""
