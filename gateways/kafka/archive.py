@@ -11,12 +11,17 @@ import trio
 from gateways.kafka.bridge import ProducerBridge, nothing
 from gateways.kafka.dead_letters import DeadLetters
 from gateways.kafka.dlq import Stage
-from gateways.kafka.mapping import JsonMapper
+from gateways.kafka.mapping import JsonMapper, MessageRecord
 from gateways.kafka.presence import PART as PRESENCE
-from gateways.kafka.records import Reason
-from mqtt_trio.errors import GatewayError, StoreError
-from mqtt_trio.gateway import Message, Outcome
+from gateways.kafka.records import Reason, RecordRefusedError
+from mqtt_trio.errors import StoreError
+from mqtt_trio.gateway import NO_PROPERTIES, Message, Outcome
 
+PART_RECORDS: Final = 250
+PART_BYTES: Final = 256 * 1024
+"""Records, and bytes of memory, that the producer gets between two looks at its window."""
+RECORD_MEMORY: Final = 1000
+"""Bytes of memory that a record takes beside its contents."""
 TOPICS: Final = "topics"
 """What the topic manager calls itself towards the cluster."""
 
@@ -24,14 +29,16 @@ TOPICS: Final = "topics"
 class Batch:
     """One submitted batch and the outcomes that are known of it."""
 
-    __slots__ = ("done", "failures", "messages", "missing", "offered")
+    __slots__ = ("done", "failures", "offered", "records", "settled", "size")
 
-    def __init__(self, messages: Sequence[Message], done: Callable[[Outcome], None]) -> None:
-        self.messages = messages
-        self.missing = len(messages)
-        """Outcomes that are not known yet."""
+    def __init__(self, records: list[MessageRecord], done: Callable[[Outcome], None]) -> None:
+        self.records = records
         self.offered = 0
-        """How many messages the producer has got."""
+        """How many of them the producer has got."""
+        self.settled = 0
+        """How many from the first one on have their outcome."""
+        self.size = 0
+        """Bytes of the producer's window that it takes."""
         self.failures: dict[int, Exception] = {}
         self.done = done
 
@@ -39,7 +46,8 @@ class Batch:
 class KafkaArchiveStore:
     """One archive group in one topic; several share the gateway's archive producer.
 
-    Records are made only as far as the producer's window has room: a waiting message costs less than its record.
+    A record is made when it is sent: a waiting message costs less than its record. Outcomes are looked for in the order
+    of the records, once for each burst of them.
     """
 
     def __init__(self, bridge: ProducerBridge, mapper: JsonMapper, dead_letters: DeadLetters | None = None) -> None:
@@ -49,12 +57,13 @@ class KafkaArchiveStore:
         self._dead_letters = dead_letters or DeadLetters()
         self._batches: deque[Batch] = deque()
         self._backlog: deque[Batch] = deque()
-        self._waits_for_room = False
+        self._waits_for_room = self._closed = False
         self._empty = trio.Event()
         self.is_over = False
         """What was submitted is stored, or need not be."""
         self._changed: Callable[[], None] = nothing
         self._trouble: str | None = None
+        bridge.collectors.append(self._collect)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Watch whether Kafka is there for the producer until cancelled. The gateway owns the producer, and `submit`
@@ -102,13 +111,14 @@ class KafkaArchiveStore:
 
     def submit(self, batch: Sequence[Message], done: Callable[[Outcome], None]) -> None:
         """Keep `batch` for the producer; `done` follows in the order of the batches."""
-        entry = Batch(batch, done)
+        mapper = self._mapper
+        entry = Batch([MessageRecord(mapper, message) for message in batch], done)
         self._batches.append(entry)
         self._backlog.append(entry)
         if not self._waits_for_room:
             self._pump()
         if not batch:
-            self._hand_out()
+            self._collect()
 
     def _pump(self) -> None:
         """Give the producer what it has room for."""
@@ -116,46 +126,53 @@ class KafkaArchiveStore:
         bridge, backlog = self._bridge, self._backlog
         while backlog:
             entry = backlog[0]
-            messages = entry.messages
-            while entry.offered < len(messages):
+            records = entry.records
+            while entry.offered < len(records):
                 if bridge.full:
                     self._waits_for_room = True
                     bridge.when_room(self._pump)
                     return
-                index = entry.offered
-                entry.offered = index + 1
-                self._offer(entry, index, messages[index])
+                part, size = next_part(records, entry.offered)
+                entry.offered += len(part)
+                entry.size += size
+                bridge.offer_all(part, size)
             if backlog and backlog[0] is entry:  # else a `done` submitted more, and that call got here first
                 backlog.popleft()
 
-    def _offer(self, entry: Batch, index: int, message: Message) -> None:
-        try:
-            record = self._mapper.record(message)
-        except Exception as exc:  # a message that cannot be mapped must not stop the others
-            text = f"{type(exc).__name__}: {exc}"
-            self._dead_letters.of_message(Stage.ARCHIVE, message, self._mapper.topic, Reason.UNENCODABLE, text)
-            self._settle(entry, index, exc)
-            return
-        record.done = Settle(self, entry, index)
-        self._bridge.offer(record)
-
-    def _settle(self, entry: Batch, index: int, error: Exception | None) -> None:
-        if isinstance(error, GatewayError) and error.retriable:
-            return  # the producer is closed: what became of the message is not known, and the spool may have it
-        if error is not None:
-            entry.failures[index] = error if isinstance(error, StoreError) else StoreError(str(error))
-        entry.missing -= 1
-        if not entry.missing and entry is self._batches[0]:
-            self._hand_out()
-
-    def _hand_out(self) -> None:
-        """Report the oldest batches as far as they are complete."""
+    def _collect(self) -> None:
+        """Report the oldest batches as far as all outcomes are known."""
         batches = self._batches
-        while batches and not batches[0].missing:
-            entry = batches.popleft()
+        while batches and not self._closed:
+            entry = batches[0]
+            records, at = entry.records, entry.settled
+            offered = entry.offered
+            while at < offered and (record := records[at]).settled:
+                if record.error is not None and not self._note(entry, at, record, record.error):
+                    return
+                at += 1
+            entry.settled = at
+            if at < len(records):
+                return
+            batches.popleft()
+            failed = len(entry.failures)
+            self._bridge.give_back(sent=at - failed, failed=failed, size=entry.size)
             entry.done(entry.failures)
         if not batches:
             self._empty.set()
+
+    def _note(self, entry: Batch, index: int, record: MessageRecord, error: Exception) -> bool:
+        """Take the outcome of a record that is not in Kafka; False: the producer is closed, what became of it is not
+        known, and the spool may have it."""
+        if not isinstance(error, RecordRefusedError):
+            self._closed = True
+            return False
+        entry.failures[index] = StoreError(str(error))
+        if error.reason is Reason.UNENCODABLE:
+            topic = self._mapper.topic
+            self._dead_letters.of_message(Stage.ARCHIVE, record.message, topic, error.reason, str(error))
+        else:
+            self._bridge.tell_refused(record, error)
+        return True
 
     async def stop(self) -> None:
         """Wait until Kafka has what was submitted; the gateway closes the producer. Cancelled, nobody needs it."""
@@ -171,15 +188,15 @@ class KafkaArchiveStore:
         return f"Kafka topic {self._mapper.topic}"
 
 
-class Settle:
-    """The outcome of one record; a class because it is made once a message (a closure costs twice as much)."""
-
-    __slots__ = ("_entry", "_index", "_store")
-
-    def __init__(self, store: KafkaArchiveStore, entry: Batch, index: int) -> None:
-        self._store = store
-        self._entry = entry
-        self._index = index
-
-    def __call__(self, error: Exception | None) -> None:
-        self._store._settle(self._entry, self._index, error)
+def next_part(records: Sequence[MessageRecord], start: int) -> tuple[Sequence[MessageRecord], int]:
+    """Return the next records that are offered together, and about how many bytes of memory they take: a waiting small
+    record takes more than a kilobyte in kafka-python, a large one its message twice."""
+    size = 0
+    for end in range(start, min(start + PART_RECORDS, len(records))):
+        message = records[end].message
+        size += RECORD_MEMORY + 3 * len(message.topic_name) + 2 * len(message.payload)
+        if message.properties is not NO_PROPERTIES:
+            size += sum(len(name) + len(value) for name, value in message.properties.user_properties)
+        if size > PART_BYTES:
+            return records[start : end + 1], size
+    return records[start : start + PART_RECORDS], size

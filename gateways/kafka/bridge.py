@@ -27,6 +27,8 @@ from mqtt_trio.errors import GatewayError
 
 log = logging.getLogger("gateways.kafka")
 
+COLLECT_LINGER: Final = 0.002
+"""Seconds from the first outcome of a watched record to the look at all that came by then."""
 DRAIN_LIMIT: Final = 2000
 """Outcomes that one drain handles before other tasks get their turn."""
 DEPOSE_WAIT: Final = 0.05
@@ -50,6 +52,8 @@ class ProducerBridge:
     Attributes:
       after_drain: called on the Trio thread after each burst of `done` calls; set it to `host.flush`.
       on_refused: called on the Trio thread with each record that can never be stored, before its `done`.
+      collectors: called on the Trio thread in each drain; they look after records that are `watched`, and give back
+        with `give_back` what these took of the window.
       full: the window is reached, in records or in bytes.
       outstanding_records, outstanding_bytes: offered and without an outcome.
     """
@@ -74,13 +78,15 @@ class ProducerBridge:
         self.cluster = cluster
         self.after_drain: Callable[[], None] = nothing
         self.on_refused: Callable[[Record, RecordRefusedError], None] = nothing
+        self.collectors: list[Callable[[], None]] = []
         self.full = False
         self.outstanding_records = self.outstanding_bytes = 0
         self._window_records, self._window_bytes = window_records, window_bytes
         self._sent = self._sent_messages = self._failed = 0
         self._room_waiters: deque[Callable[[], None]] = deque()
         self._outcomes: deque[tuple[Record, Exception | None]] = deque()
-        self._drain_is_due = False
+        self._drain_is_due = self._collection_is_due = False
+        self._collects = trio.Event()
         self._token: trio.lowlevel.TrioToken | None = None
         self._ended = trio.Event()
         self._closed = False
@@ -101,11 +107,31 @@ class ProducerBridge:
     def offer(self, record: Record) -> None:
         """Take `record`, behind all records before it. Never blocks, never refuses: the caller looks at `full`."""
         record.size = size = record.measure()
-        self.outstanding_records += 1
+        self._take_room(1, size)
+        self._inbox.append(record)
+        self._wake()
+
+    def offer_all(self, records: Sequence[Record], size: int) -> None:
+        """Take records that are `watched`, as `offer` does; they take `size` bytes of the window."""
+        self._take_room(len(records), size)
+        self._inbox.extend(records)
+        self._wake()
+
+    def give_back(self, *, sent: int, failed: int, size: int) -> None:
+        """Records of `offer_all` have their outcome: so many of each kind, of so many bytes together."""
+        self.outstanding_records -= sent + failed
+        self.outstanding_bytes -= size
+        self._sent += sent
+        self._sent_messages += sent
+        self._failed += failed
+
+    def _take_room(self, records: int, size: int) -> None:
+        self.outstanding_records += records
         self.outstanding_bytes += size
         if self.outstanding_records >= self._window_records or self.outstanding_bytes >= self._window_bytes:
             self.full = True
-        self._inbox.append(record)
+
+    def _wake(self) -> None:
         if self._feeder.idle:
             self._feeder.wake_up()
         if self._closed:
@@ -127,9 +153,31 @@ class ProducerBridge:
         self._token = trio.lowlevel.current_trio_token()
         task_status.started()
         try:
-            await self._watchdog.run(self._feeder)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._collect_bursts)
+                await self._watchdog.run(self._feeder)
+                nursery.cancel_scope.cancel()
         finally:
             self._feeder.abort()
+
+    def _collect_soon(self) -> None:
+        self._collects.set()
+
+    async def _collect_bursts(self) -> None:
+        """Look after watched records: once for all outcomes of COLLECT_LINGER. kafka-python tells them one by one, and
+        a wake of this thread for each of them would cost more than all the rest."""
+        while True:
+            await self._collects.wait()
+            await trio.sleep(COLLECT_LINGER)
+            self._collects = trio.Event()
+            self._collection_is_due = False  # before the look: what comes behind it asks for another one
+            self._collect()
+
+    def _collect(self) -> None:
+        for collect in self.collectors:
+            collect()
+        self._look_for_room()
+        self.after_drain()
 
     def _feeder_ended(self, feeder: Feeder) -> None:
         """Note the end of a thread (that thread)."""
@@ -166,7 +214,10 @@ class ProducerBridge:
                 self._closed = True
                 self._feeder.depose()
                 for record in self._feeder.remains():
-                    self._settle(record, GatewayError("closed before Kafka confirmed the record", retriable=True))
+                    error = GatewayError("closed before Kafka confirmed the record", retriable=True)
+                    record.settle(error)
+                    self._settle(record, error)
+            self._collect()
             while self._outcomes:
                 self._drain()
 
@@ -184,6 +235,11 @@ class ProducerBridge:
 
     def _settle(self, record: Record, error: Exception | None) -> None:
         """Note an outcome, wake the Trio thread once per burst. Any thread."""
+        if record.watched:
+            if not self._collection_is_due:
+                self._collection_is_due = True
+                self._soon(self._collect_soon)
+            return
         self._outcomes.append((record, error))
         if not self._drain_is_due:
             self._drain_is_due = True
@@ -208,7 +264,7 @@ class ProducerBridge:
             self._count(record, error)
             done, record.done = record.done, None
             if isinstance(error, RecordRefusedError):
-                self._tell_refused(record, error)
+                self.tell_refused(record, error)
             if done is not None:
                 try:
                     done(error)
@@ -220,7 +276,8 @@ class ProducerBridge:
         self._look_for_room()
         self.after_drain()
 
-    def _tell_refused(self, record: Record, error: RecordRefusedError) -> None:
+    def tell_refused(self, record: Record, error: RecordRefusedError) -> None:
+        """Have a dead letter written about `record`."""
         try:
             self.on_refused(record, error)
         except Exception:

@@ -252,7 +252,15 @@ class Feeder:
         if facts is None or topic in self._parked or topic in generation.gone_topics:
             self._parked.add(record)
             return
+        try:
+            record.prepare()
+        except Exception as exc:  # a message that cannot be mapped must not stop the others
+            text = f"{type(exc).__name__}: {exc}"
+            generation.finish(record, RecordRefusedError(text, Reason.UNENCODABLE))
+            return
         limit = facts.max_message_bytes
+        if record.size > limit:  # an upper bound
+            record.size = record.measure()
         if record.size > limit and self._is_too_large(generation, record, limit):
             text = f"the record has {record.size} bytes, topic {topic} takes batches of {limit}"
             generation.finish(record, RecordRefusedError(text, Reason.TOO_LARGE))
@@ -378,8 +386,9 @@ class Feeder:
         for queue in (self._again, self.inbox):
             while queue:
                 record = queue.popleft()
-                record.settled = True
-                self._settle(record, GatewayError("closed before Kafka confirmed the record", retriable=True))
+                error = GatewayError("closed before Kafka confirmed the record", retriable=True)
+                record.settle(error)
+                self._settle(record, error)
 
 
 def describe(exc: BaseException) -> str:

@@ -94,7 +94,7 @@ class Generation:
         """Give the record its outcome."""
         if self.over:
             return
-        record.settled = True
+        record.settle(error)
         self._settle(record, error)
 
     def trim(self) -> None:

@@ -11,10 +11,12 @@ from typing import Any, Final, Literal
 
 import orjson
 
-from gateways.kafka.records import Record
+from gateways.kafka.records import RECORD_OVERHEAD, Record
 from mqtt_trio.gateway import Message
 
 TimestampFormat = Literal["iso", "epoch_ms"]
+HEADER_NAMES: Final = 40
+"""Bytes of a header's name and framing, at most: `mqtt.userProperties.` in front of a name that the value holds."""
 QOS: Final = (b"0", b"1", b"2")
 FLAG: Final = {False: b"false", True: b"true"}
 
@@ -111,13 +113,31 @@ class JsonMapper:
 
     def record(self, message: Message) -> Record:
         """Return the record of `message`: keyed by its topic, at its publish time."""
+        record = MessageRecord(self, message)
+        record.prepare()
+        return record
+
+
+class MessageRecord(Record):
+    """The record of one message, made in the feeder's thread: the Trio thread has better things to do."""
+
+    watched = True
+
+    def __init__(self, mapper: JsonMapper, message: Message) -> None:
+        self.topic = mapper.topic
+        self.message: Message = message
+        self._mapper = mapper
+
+    def prepare(self) -> None:
+        """Make it of its message, unless that is done."""
+        if self.value is not None:
+            return
+        message, mapper = self.message, self._mapper
         milliseconds = round(message.published_at * 1000)
-        return Record(
-            topic=self.topic,
-            partition=None,
-            key=message.topic_name.encode(),
-            value=json_value(message, self.broker_id, milliseconds, self._timestamps),
-            headers=record_headers(message, self.broker_id.encode(), milliseconds),
-            timestamp_ms=milliseconds,
-            message=message,
-        )
+        value = json_value(message, mapper.broker_id, milliseconds, mapper._timestamps)
+        self.key = message.topic_name.encode()
+        self.headers = record_headers(message, mapper.broker_id.encode(), milliseconds)
+        self.timestamp_ms = milliseconds
+        # What the headers hold stands in the value as well, and takes no less room there.
+        self.size = RECORD_OVERHEAD + len(self.key) + 2 * len(value) + HEADER_NAMES * len(self.headers)
+        self.value = value

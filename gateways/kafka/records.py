@@ -47,33 +47,63 @@ class RecordRefusedError(GatewayError):
         self.reason = reason
 
 
-@attrs.define(eq=False)
 class Record:
     """One record on its way to Kafka. `done(None)` is called on the Trio thread when Kafka has it, `done(exc)` when
-    this very record can never be stored or the bridge was closed before it was confirmed."""
+    this very record can never be stored or the bridge was closed before it was confirmed.
 
-    topic: str
-    partition: int | None
+    One is made for each archived message, so what has its default is left to the class.
+    """
+
+    partition: int | None = None
     """None: murmur2 of `key`, as Java clients choose it, taken when the record is sent for the first time."""
-    key: bytes | None
-    value: bytes | None
+    key: bytes | None = None
+    value: bytes | None = None
     headers: Headers = ()
     timestamp_ms: int | None = None
     done: Callable[[Exception | None], None] | None = None
-    messages: int = 1
+    messages = 1
     """How many MQTT messages the record carries; for counters."""
     message: Message | None = None
     """The one message that the record was made of, for its dead letter; None: there is none, or there are many."""
-    size: int = attrs.field(init=False, default=0)
-    """Bytes that the record counts for in windows and against max.message.bytes (set by `ProducerBridge.offer`)."""
-    sent_at: float = attrs.field(init=False, default=0.0)
+    size = 0
+    """Bytes that the record counts for in windows and against max.message.bytes, an upper bound."""
+    sent_at = 0.0
     """`time.monotonic()` when the present producer got it."""
-    settled: bool = attrs.field(init=False, default=False)
+    settled = False
     """Its outcome is known; written by the Kafka threads."""
-    finished: bool = attrs.field(init=False, default=False)
+    error: Exception | None = None
+    """Its outcome, once it is settled; None: Kafka has it."""
+    finished = False
     """Its outcome was handed out; written by the Trio thread."""
-    suspect: bool = attrs.field(init=False, default=False)
+    suspect = False
     """A batch with it was refused for the fault of one record: it is sent alone, to see whether it was this one."""
+    watched = False
+    """Whoever offered it looks for `settled` itself, in one of `ProducerBridge.collectors`: there is no `done`."""
+
+    def __init__(
+        self,
+        topic: str,
+        partition: int | None,
+        key: bytes | None,
+        value: bytes | None,
+        headers: Headers = (),
+        timestamp_ms: int | None = None,
+        done: Callable[[Exception | None], None] | None = None,
+        messages: int = 1,
+        message: Message | None = None,
+    ) -> None:
+        self.topic = topic
+        self.partition, self.key, self.value = partition, key, value
+        self.headers, self.timestamp_ms = headers, timestamp_ms
+        self.done, self.messages, self.message = done, messages, message
+
+    def prepare(self) -> None:
+        """Make what is missing of it; called by the feeder, each time before it is sent."""
+
+    def settle(self, error: Exception | None) -> None:
+        """Note its outcome (the Kafka threads)."""
+        self.error = error
+        self.settled = True
 
     def measure(self) -> int:
         """Return the bytes of the record in a batch, an upper bound."""

@@ -5,8 +5,9 @@ python tests/ledger/planted_gateway.py FAULT[,FAULT...] serve ...
 
 from __future__ import annotations
 
+import copy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import attrs
@@ -21,33 +22,30 @@ EVERY: Final = 300
 """Records of an archive between two faults."""
 
 
-def plant(fault: Callable[[ProducerBridge, Record, Callable[[Record], None]], None]) -> None:
+def plant(fault: Callable[[Record, Callable[[Record], None]], None]) -> None:
     """Have `fault` deal with each record that an archive offers; what it calls last offers one."""
-    offer = ProducerBridge.offer
+    offer_all = ProducerBridge.offer_all
 
-    def planted(self: ProducerBridge, record: Record) -> None:
-        def go_on(one: Record) -> None:
-            offer(self, one)
+    def planted(self: ProducerBridge, records: Sequence[Record], size: int) -> None:
+        offered: list[Record] = []
+        for record in records:
+            fault(record, offered.append)
+        offer_all(self, offered, size)
 
-        if self.name == "archive":
-            fault(self, record, go_on)
-        else:
-            go_on(record)
-
-    ProducerBridge.offer = planted  # type: ignore[method-assign]
+    ProducerBridge.offer_all = planted  # type: ignore[method-assign]
 
 
 def lose() -> None:
     """Now and then a record is said to be in Kafka and never is."""
     offered = 0
 
-    def fault(_bridge: ProducerBridge, record: Record, go_on: Callable[[Record], None]) -> None:
+    def fault(record: Record, go_on: Callable[[Record], None]) -> None:
         nonlocal offered
         offered += 1
-        if offered % EVERY or record.done is None:
+        if offered % EVERY:
             go_on(record)
         else:
-            record.done(None)
+            record.settle(None)
 
     plant(fault)
 
@@ -56,11 +54,11 @@ def double() -> None:
     """Now and then a record is written twice."""
     offered = 0
 
-    def fault(_bridge: ProducerBridge, record: Record, go_on: Callable[[Record], None]) -> None:
+    def fault(record: Record, go_on: Callable[[Record], None]) -> None:
         nonlocal offered
         offered += 1
         if not offered % EVERY:
-            go_on(attrs.evolve(record, done=None))
+            go_on(copy.copy(record))
         go_on(record)
 
     plant(fault)
@@ -69,19 +67,24 @@ def double() -> None:
 def swap() -> None:
     """Now and then a record overtakes the one in front of it."""
     offered = 0
-    held: dict[bytes | None, Record] = {}
+    held: list[Record] = []
 
-    def fault(_bridge: ProducerBridge, record: Record, go_on: Callable[[Record], None]) -> None:
+    def fault(record: Record, go_on: Callable[[Record], None]) -> None:
         nonlocal offered
         offered += 1
         if not offered % EVERY and not held:
-            held[record.key] = record
+            held.append(record)
             return
         go_on(record)
-        if record.key in held:
-            go_on(held.pop(record.key))
+        if held and topic_of(held[0]) == topic_of(record):
+            go_on(held.pop())
 
     plant(fault)
+
+
+def topic_of(record: Record) -> str | None:
+    """Its MQTT topic: the record has no key before it is sent."""
+    return record.message.topic_name if record.message is not None else None
 
 
 def acknowledge_early() -> None:
