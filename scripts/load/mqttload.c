@@ -6,11 +6,14 @@
 // read the latency under load. The results are one line of JSON on standard output.
 //
 //     cc -O2 -o mqttload mqttload.c
-//     mqttload --port 1883 --mode p2p|fanin|fanout --pubs 10 --subs 10 --qos 0 --size 64 --window 100 --seconds 5
+//     mqttload --port 1883 --mode p2p|fanin|fanout|ack --pubs 10 --subs 10 --qos 0 --size 64 --window 100 --seconds 5
 //              [--warm 1] [--rate MESSAGES_PER_S] [--v5] [--ws [--path /mqtt]] [--pid BROKER_PID] [--idle CONNECTIONS]
 //              [--sub-port PORT]  subscribers on another node
+//              [--prefix bench]   what the topics begin with
 //              [--single]         every PUBLISH in a write of its own, as devices send them
 //              [--kept]           subscribers with sessions that outlive their connections
+//
+// With --mode ack there are no subscribers: a message (QoS 1 or 2) counts as delivered when it is acknowledged.
 //
 // Exit codes: 0 measured; 1 nothing was delivered; 2 usage, or the broker refused or closed something.
 #define _GNU_SOURCE
@@ -44,7 +47,7 @@
 enum packet_type {
     CONNACK = 2, PUBLISH = 3, PUBACK = 4, PUBREC = 5, PUBREL = 6, PUBCOMP = 7, SUBACK = 9, DISCONNECT = 14
 };
-enum mode { P2P, FANIN, FANOUT };
+enum mode { P2P, FANIN, FANOUT, ACK };
 
 static struct {
     enum mode mode;
@@ -52,9 +55,10 @@ static struct {
     bool v5, ws, single, kept;
     double seconds, warm, rate;
     long pid;
-    const char *path;
+    const char *path, *prefix;
 } opt = {
-    .mode = P2P, .pubs = 1, .subs = 1, .size = 64, .window = 100, .port = 1883, .seconds = 5, .warm = 1, .path = "/mqtt"
+    .mode = P2P, .pubs = 1, .subs = 1, .size = 64, .window = 100, .port = 1883, .seconds = 5, .warm = 1, .path = "/mqtt",
+    .prefix = "bench"
 };
 
 struct buffer {
@@ -69,6 +73,7 @@ struct connection {
     size_t out_sent;              // bytes of `out` that the kernel already has
     uint16_t packet_id;
     uint64_t sent, delivered;
+    uint64_t *sent_at;  // by packet id, with --mode ack
 };
 
 static struct connection *connections;
@@ -221,9 +226,9 @@ static void send_connect(struct connection *c) {
 static void send_subscribe(struct connection *c) {
     char filter[64];
     int length;
-    if (opt.mode == P2P) length = snprintf(filter, sizeof filter, "bench/%d", c->id);
-    else if (opt.mode == FANOUT) length = snprintf(filter, sizeof filter, "bench/0");
-    else length = snprintf(filter, sizeof filter, opt.subs > 1 ? "$share/g/bench/#" : "bench/#");
+    if (opt.mode == P2P) length = snprintf(filter, sizeof filter, "%s/%d", opt.prefix, c->id);
+    else if (opt.mode == FANOUT) length = snprintf(filter, sizeof filter, "%s/0", opt.prefix);
+    else length = snprintf(filter, sizeof filter, "%s%s/#", opt.subs > 1 ? "$share/g/" : "", opt.prefix);
     uint8_t packet[128];
     uint8_t *p = put_header(packet, 0x82, 2 + opt.v5 + 2 + (size_t)length + 1);
     p = put_u16(p, 1);
@@ -237,8 +242,8 @@ static void send_subscribe(struct connection *c) {
 static void send_publish(struct connection *c) {
     static uint8_t *packet;
     if (!packet) packet = allocate((size_t)opt.size + 128, 1);
-    char topic[32];
-    int length = snprintf(topic, sizeof topic, "bench/%d", opt.mode == FANOUT ? 0 : c->id);
+    char topic[64];
+    int length = snprintf(topic, sizeof topic, "%s/%d", opt.prefix, opt.mode == FANOUT ? 0 : c->id);
     size_t remaining = 2 + (size_t)length + (opt.qos ? 2 : 0) + opt.v5 + (size_t)opt.size;
     uint8_t *p = put_header(packet, (uint8_t)(0x30 | opt.qos << 1), remaining);
     p = put_string(p, topic, length);
@@ -248,6 +253,7 @@ static void send_publish(struct connection *c) {
     }
     if (opt.v5) *p++ = 0;
     uint64_t sent_at = now_ns();
+    if (c->sent_at) c->sent_at[c->packet_id] = sent_at;
     uint32_t publisher = (uint32_t)c->id;
     memcpy(payload, &sent_at, 8);
     memcpy(payload + 8, &publisher, 4);
@@ -264,6 +270,15 @@ static void send_ack(struct connection *c, uint8_t first, const uint8_t *packet_
 }
 
 // --- input -----------------------------------------------------------------------------------------------------------
+
+static void count_delivery(struct connection *publisher, uint64_t sent_at) {
+    publisher->delivered++;
+    total_delivered++;
+    if (measuring) {
+        uint64_t bucket = (now_ns() - sent_at) / BUCKET_NS;
+        histogram[bucket < BUCKETS ? bucket : BUCKETS - 1]++;
+    }
+}
 
 static void got_publish(struct connection *c, uint8_t first, const uint8_t *body, size_t length) {
     unsigned qos = first >> 1 & 3;
@@ -288,12 +303,7 @@ static void got_publish(struct connection *c, uint8_t first, const uint8_t *body
     memcpy(&publisher, body + at + 8, 4);
     if (publisher >= (uint32_t)opt.pubs) die("received a PUBLISH of an unknown publisher");
     if (!publishers[publisher]) return;  // left over from an earlier run
-    publishers[publisher]->delivered++;
-    total_delivered++;
-    if (measuring) {
-        uint64_t bucket = (now_ns() - sent_at) / BUCKET_NS;
-        histogram[bucket < BUCKETS ? bucket : BUCKETS - 1]++;
-    }
+    count_delivery(publishers[publisher], sent_at);
     if (qos) send_ack(c, qos == 1 ? PUBACK << 4 : PUBREC << 4, packet_id);
 }
 
@@ -321,7 +331,14 @@ static void got_packet(struct connection *c, uint8_t first, const uint8_t *body,
             if (length >= 2) send_ack(c, PUBCOMP << 4, body);
             break;
         case DISCONNECT: die("DISCONNECT %d", length ? body[0] : 0);
-        default: break;  // PUBACK, PUBCOMP: the loop is closed by deliveries
+        case PUBACK:
+        case PUBCOMP:  // else the loop is closed by deliveries
+            if (c->sent_at && length >= 2) {
+                if (length > 2 && body[2] >= 0x80) die("a negative acknowledgement, 0x%02x", body[2]);
+                count_delivery(c, c->sent_at[body[0] << 8 | body[1]]);
+            }
+            break;
+        default: break;
     }
 }
 
@@ -456,6 +473,7 @@ static void open_all(void) {
     wait_ready(&ready_subscribers, opt.subs, "subscribers", READY_TIMEOUT_S);
     for (int i = 0; i < opt.pubs; i++) {
         publishers[i] = open_connection(false, i);
+        if (opt.mode == ACK) publishers[i]->sent_at = allocate(65536, sizeof(uint64_t));
         turn(0);
     }
     wait_ready(&ready_publishers, opt.pubs, "publishers", READY_TIMEOUT_S);
@@ -601,16 +619,21 @@ static void parse_options(int count, char **arguments) {
             if (!strcmp(name, reals[k].name)) *reals[k].value = atof(value), known = true;
         if (!strcmp(name, "--pid")) opt.pid = atol(value);
         else if (!strcmp(name, "--path")) opt.path = value;
+        else if (!strcmp(name, "--prefix")) opt.prefix = value;
         else if (strcmp(name, "--mode")) { if (!known) die("unknown option %s", name); }
         else if (!strcmp(value, "p2p")) opt.mode = P2P;
         else if (!strcmp(value, "fanin")) opt.mode = FANIN;
         else if (!strcmp(value, "fanout")) opt.mode = FANOUT;
-        else die("--mode %s: expected p2p, fanin or fanout", value);
+        else if (!strcmp(value, "ack")) opt.mode = ACK;
+        else die("--mode %s: expected p2p, fanin, fanout or ack", value);
     }
+    if (strlen(opt.prefix) > 30) die("--prefix is too long");
     if (opt.size < MINIMUM_PAYLOAD) opt.size = MINIMUM_PAYLOAD;
     if (opt.mode == P2P) opt.subs = opt.pubs;
     if (opt.mode == FANOUT) opt.pubs = 1;
-    if (opt.pubs < 1 || opt.subs < 1 || opt.window < 1 || opt.qos < 0 || opt.qos > 2 || opt.idle < 0)
+    if (opt.mode == ACK) opt.subs = 0;
+    if (opt.mode == ACK && (!opt.qos || opt.window > 65535)) die("--mode ack needs QoS 1 or 2, and packet ids");
+    if (opt.pubs < 1 || opt.subs < (opt.mode != ACK) || opt.window < 1 || opt.qos < 0 || opt.qos > 2 || opt.idle < 0)
         die("a value is out of range");
 }
 

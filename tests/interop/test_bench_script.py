@@ -140,3 +140,18 @@ def test_the_bare_loop_has_the_file_of_the_store(tmp_path: Path) -> None:
         last = [row[0] for row in rows if row[3] == qos]
         assert last == list(range(last[0], last[0] + 40))
         assert len(rows) == 40 * qos, "those of the last commit, at QoS 2 with PUBREC also those before it"
+
+
+@pytest.mark.kafka
+def test_an_archive_in_kafka_is_measured_beside_a_bare_loop(tmp_path: Path) -> None:
+    """That it works, and that nothing is far off: half a second beside other programs says no more."""
+    file = tmp_path / "figures.json"
+    result = bench("--archive", "--seconds", "1", "--runs", "1", "--rows", "store", "--json", str(file))
+    assert result.returncode == 0, result.stderr
+    (row,) = json.loads(file.read_text())["rows"]
+    assert row["row"] == "Ack = store, QoS 1, 20 publishers, window 1000"
+    assert f"| {row['row']}" in result.stdout
+    figures = row["figures"]
+    assert figures["records_per_s"] > 500
+    assert figures["bare_records_per_s"] > 500
+    assert 0 < figures["other_p50_ms"] <= figures["other_p99_ms"]
