@@ -16,13 +16,15 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 
 from mqtt_trio.archive.groups import ArchiveGroup, ArchiveGroupOptions
+from mqtt_trio.archive.spool import Spool
 from mqtt_trio.archive.sqlite import SqliteArchive, archive_path
 from mqtt_trio.archive.sqlite_file import SCHEMA_VERSION, ArchiveFile, cost_of
 from mqtt_trio.archive.store import ArchiveStore, Outcome
 from mqtt_trio.broker.message import Message
-from mqtt_trio.broker.tap import FrameRun, Hold
+from mqtt_trio.broker.tap import Answer, FrameRun, Hold
 from mqtt_trio.errors import StoreError
 from mqtt_trio.protocol.codes import ProtocolVersion
 from mqtt_trio.protocol.packets import MessageProperties
@@ -395,6 +397,40 @@ async def test_locked_file_keeps_the_batch_and_says_so_once(tmp_path: Path, capl
     assert outcomes == [{}, {}]
     assert read_file(path) == list(SAMPLES)
     assert caplog.text.count("cannot be written") == 1
+
+
+async def test_while_the_file_is_locked_messages_go_over_the_spool(tmp_path: Path) -> None:
+    """Acknowledged is what the spool has; when the file is free all of it is there, once and in order [K9, K10]."""
+    path = tmp_path / "a.sqlite3"
+    options = ArchiveGroupOptions(name="G", ack="store", on_outage="spool")
+    group = ArchiveGroup(options, SqliteArchive(path), QuietHost(), Spool(tmp_path / "spool", max_bytes=1 << 30))
+    with trio.fail_after(LIMIT):
+        async with trio.open_nursery() as nursery:
+            await nursery.start(lambda task_status: group.run(task_status=task_status))
+            with closing(sqlite3.connect(path, isolation_level=None)) as other:
+                other.execute("BEGIN IMMEDIATE")
+                holds = [group.take(Message("t", b"%d" % number, 1, published_at=NOW)) for number in range(3)]
+                await released(holds)
+                holds = [group.take(Message("t", b"%d" % number, 2, published_at=NOW)) for number in range(3, 6)]
+                await released(holds)
+                assert query(path, "SELECT count(*) FROM messages") == [(0,)]
+                assert group.store.trouble() == f"archive store {path} cannot be written: database is locked"
+                other.execute("ROLLBACK")
+            while group.shipper.stored < 6:
+                await trio.testing.wait_all_tasks_blocked(0.01)
+            await group.stop()
+    assert [message.payload for message in read_file(path)] == [b"%d" % number for number in range(6)]
+    assert group.counters()["spooled"] == 3
+
+
+async def released(answers: Sequence[Answer]) -> None:
+    """Wait until all of these were released."""
+    for answer in answers:
+        assert isinstance(answer, Hold)
+        event = trio.Event()
+        answer.when_released(event.set)
+        await event.wait()
+        assert answer.refused is None
 
 
 async def test_full_disk_keeps_the_batch(tmp_path: Path) -> None:
