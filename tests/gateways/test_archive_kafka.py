@@ -6,7 +6,7 @@ import json
 import logging
 import random
 from base64 import b64decode
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
@@ -32,7 +32,7 @@ from gateways.kafka.topics import TopicManager
 from gateways.kafka.workers import quiet_loggers
 from mqtt_trio.errors import ConfigError
 from mqtt_trio.gateway import Message, MessageProperties, Outcome
-from tests.gateway_support import LIMIT, told
+from tests.gateway_support import LIMIT, Outcomes, read_records, told
 from tests.kafka_support import KafkaNode, unique_name
 
 
@@ -41,30 +41,16 @@ def quiet() -> None:
     quiet_loggers()
 
 
-@attrs.define
-class Harness:
+@attrs.define(kw_only=True)
+class Harness(Outcomes[bytes]):
     """A producer, the topics that it needs, and what became of its records."""
 
     options: KafkaOptions
     cluster: Cluster
     bridge: ProducerBridge
-    outcomes: dict[bytes, Exception | None] = attrs.field(factory=dict)
-    changed: trio.Event = attrs.field(factory=trio.Event)
 
     def offer(self, topic: str, value: bytes, partition: int | None = 0, key: bytes | None = None) -> None:
-        self.bridge.offer(Record(topic, partition, key, value, done=partial(self._done, value)))
-
-    def _done(self, value: bytes, error: Exception | None) -> None:
-        assert value not in self.outcomes, "an outcome came twice"
-        self.outcomes[value] = error
-        self.changed.set()
-
-    async def until(self, condition: Callable[[], bool]) -> None:
-        """Wait until `condition` holds; it is tried after each outcome."""
-        with trio.fail_after(LIMIT):
-            while not condition():
-                self.changed = trio.Event()
-                await self.changed.wait()
+        self.bridge.offer(Record(topic, partition, key, value, done=partial(self.done, value)))
 
     def failures(self) -> dict[bytes, Exception]:
         return {value: error for value, error in self.outcomes.items() if error is not None}
@@ -83,29 +69,14 @@ async def producing(node: KafkaNode, *plans: TopicPlan, window: int = 1000) -> A
         with trio.fail_after(LIMIT):
             await topics.complete.wait()
         await nursery.start(bridge.run)
-        yield Harness(options, cluster, bridge)
+        yield Harness(options=options, cluster=cluster, bridge=bridge)
         with trio.move_on_after(5):
             await bridge.stop()
         nursery.cancel_scope.cancel()
 
 
-def read(servers: str, topic: str, count: int) -> list[Any]:
-    """Read a topic as any other program would."""
-    consumer = client.KafkaConsumer(topic, bootstrap_servers=servers, auto_offset_reset="earliest", group_id=None)
-    found: list[Any] = []
-    try:
-        for _ in range(100):
-            for records in consumer.poll(timeout_ms=200).values():
-                found += records
-            if len(found) >= count:
-                break
-    finally:
-        consumer.close()
-    return found
-
-
 async def read_back(servers: str, topic: str, count: int) -> list[Any]:
-    return await trio.to_thread.run_sync(read, servers, topic, count)
+    return await trio.to_thread.run_sync(read_records, servers, topic, count)
 
 
 @pytest.mark.kafka

@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
-import kafka as client
 import pytest
 import trio
 from jsonschema import Draft202012Validator
@@ -20,27 +19,12 @@ from gateways.kafka.kafka_gateway import KafkaGateway
 from gateways.kafka.options import KafkaOptions, TopicOptions, TopicsOptions
 from gateways.kafka.records import Reason
 from mqtt_trio.gateway import Message
-from tests.gateway_support import LIMIT
+from tests.gateway_support import LIMIT, read_records
 from tests.gateways.memory_bus import FakeHost
 from tests.kafka_support import KafkaNode, unique_name
 
 pytestmark = pytest.mark.kafka
 VALIDATOR = Draft202012Validator(load_dlq_schema())
-
-
-def read(servers: str, topic: str, count: int) -> list[Any]:
-    """Read a topic as any other program would."""
-    consumer = client.KafkaConsumer(topic, bootstrap_servers=servers, auto_offset_reset="earliest", group_id=None)
-    found: list[Any] = []
-    try:
-        for _ in range(100):
-            for records in consumer.poll(timeout_ms=200).values():
-                found += records
-            if len(found) >= count:
-                break
-    finally:
-        consumer.close()
-    return found
 
 
 @asynccontextmanager
@@ -77,9 +61,9 @@ async def test_what_the_archive_cannot_take_is_a_dead_letter_and_fails(kafka: Ka
             await stores[0].stop()
     (outcome,) = outcomes
     assert list(outcome) == [1]  # it counts as not stored, so with Ack = "store" its answer is negative
-    stored = await trio.to_thread.run_sync(read, kafka.servers, archive, 3)
+    stored = await trio.to_thread.run_sync(read_records, kafka.servers, archive, 3)
     assert [json.loads(record.value)["payload"][:1] for record in stored] == ["1", "2", "x"]
-    (record,) = await trio.to_thread.run_sync(read, kafka.servers, dlq, 1)
+    (record,) = await trio.to_thread.run_sync(read_records, kafka.servers, dlq, 1)
     VALIDATOR.validate(json.loads(record.value))
     letter = decode_letter(record.value)
     assert (letter.stage, letter.reason, letter.size) == (Stage.ARCHIVE, Reason.TOO_LARGE, 4000)

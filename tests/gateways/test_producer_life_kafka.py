@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from typing import Any
@@ -25,7 +25,7 @@ from gateways.kafka.records import Reason, RecordRefusedError
 from gateways.kafka.topic_plan import TopicPlan
 from gateways.kafka.topics import TopicManager
 from gateways.kafka.workers import quiet_loggers
-from tests.gateway_support import LIMIT
+from tests.gateway_support import LIMIT, Outcomes
 from tests.gateways.secured import login, options_of, trust
 from tests.kafka_support import KafkaNode, SecureKafka, unique_name
 
@@ -36,33 +36,20 @@ BOUNDED = 0.25
 """Share of a core that our process may take while nothing can be sent; kafka-python alone takes half of one."""
 
 
-@attrs.define
-class Life:
+@attrs.define(kw_only=True)
+class Life(Outcomes[int]):
     """A producer under load and what became of its records: numbers, each partition's in order."""
 
     cluster: Cluster
     bridge: ProducerBridge
     topics: TopicManager
-    outcomes: dict[int, Exception | None] = attrs.field(factory=dict)
     offered: int = 0
-    changed: trio.Event = attrs.field(factory=trio.Event)
 
     def offer(self, topic: str) -> None:
         number = self.offered
         self.offered += 1
-        record = Record(topic, number % PARTITIONS, None, b"%d" % number, done=partial(self._done, number))
+        record = Record(topic, number % PARTITIONS, None, b"%d" % number, done=partial(self.done, number))
         self.bridge.offer(record)
-
-    def _done(self, number: int, error: Exception | None) -> None:
-        assert number not in self.outcomes, "an outcome came twice"
-        self.outcomes[number] = error
-        self.changed.set()
-
-    async def until(self, condition: Callable[[], bool]) -> None:
-        with trio.fail_after(LIMIT):
-            while not condition():
-                self.changed = trio.Event()
-                await self.changed.wait()
 
     async def load(self, topics: list[str]) -> None:
         """Offer records to `topics` in turn until cancelled."""
@@ -88,7 +75,7 @@ async def living(kafka: str | KafkaOptions, *plans: TopicPlan, delivery_timeout:
         with trio.fail_after(LIMIT):
             await topics.complete.wait()
         await nursery.start(bridge.run)
-        yield Life(cluster, bridge, topics)
+        yield Life(cluster=cluster, bridge=bridge, topics=topics)
         with trio.move_on_after(5):
             await bridge.stop()
         nursery.cancel_scope.cancel()
