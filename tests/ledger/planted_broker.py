@@ -6,7 +6,7 @@ python tests/ledger/planted_broker.py FAULT[,FAULT...] serve ...
 from __future__ import annotations
 
 import sys
-import time
+from collections.abc import Callable
 from typing import Any, Final
 
 import attrs
@@ -14,7 +14,6 @@ import trio
 
 from mqtt_trio.__main__ import main
 from mqtt_trio.broker.keeper import Keeper
-from mqtt_trio.broker.store import Batch
 from mqtt_trio.server.sqlite_store import SqliteStore
 from mqtt_trio.server.storage import Storage
 
@@ -44,13 +43,14 @@ def forget_received() -> None:
     def received(self: Keeper, session: Any, packet_id: int, *, gated: bool = False) -> None:
         self.journal.dirty = True
 
-    commit = SqliteStore.commit
+    ask = Storage._ask
 
-    def commit_slowly(self: SqliteStore, batch: Batch) -> None:
-        commit(self, batch)
-        time.sleep(SLOW)  # it is on disk and nobody knows: PUBRECs are lost by a kill
+    async def ask_slowly(self: Storage, function: Callable[[], Any]) -> Any:
+        answer = await ask(self, function)
+        await trio.sleep(SLOW)  # it is on disk and nobody knows: PUBRECs are lost by a kill
+        return answer
 
-    SqliteStore.commit = commit_slowly  # type: ignore[method-assign]
+    Storage._ask = ask_slowly  # type: ignore[method-assign]
     Keeper.received = received  # type: ignore[method-assign]
 
 
