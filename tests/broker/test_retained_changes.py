@@ -157,16 +157,21 @@ async def test_a_former_message_that_does_not_fit_any_more_is_gone(autojump_cloc
     assert retaining.stored() is None
 
 
-async def test_a_message_left_out_at_the_start_does_not_come_back(autojump_clock: Clock) -> None:
-    retaining = Retaining()
-    for number in range(3):
+def lowered_to_one(retaining: Retaining, topics: int) -> Play:
+    """Retain messages under `topics` topics, then restart with room for one of them."""
+    for number in range(topics):
         retaining.retain("p", b"old", 1, f"r/{number}")
     retaining.play.world.commit()
-
     lowered = Play(retained_messages=1)
     lowered.world.store = retaining.store
     Recovery(lowered.world.broker, retaining.store.load(), 0.0).run()
     lowered.connect("p", V5, kept=False)
+    return lowered
+
+
+async def test_a_message_left_out_at_the_start_does_not_come_back(autojump_clock: Clock) -> None:
+    retaining = Retaining()
+    lowered = lowered_to_one(retaining, 3)
     kept = {message.topic_name for message in lowered.world.broker.retained}
     (left_out, other) = sorted({"r/0", "r/1", "r/2"} - kept)
     lowered.send("p", Publish(left_out, b"new", QoS(1), retain=True, packet_id=1))
@@ -179,14 +184,7 @@ async def test_a_message_left_out_at_the_start_does_not_come_back(autojump_clock
 
 async def test_a_refused_message_leaves_alone_what_was_left_out_at_the_start(autojump_clock: Clock) -> None:
     retaining = Retaining()
-    for number in range(2):
-        retaining.retain("p", b"old", 1, f"r/{number}")
-    retaining.play.world.commit()
-
-    lowered = Play(retained_messages=1)
-    lowered.world.store = retaining.store
-    Recovery(lowered.world.broker, retaining.store.load(), 0.0).run()
-    lowered.connect("p", V5, kept=False)
+    lowered = lowered_to_one(retaining, 2)
     (kept,) = (message.topic_name for message in lowered.world.broker.retained)
     (left_out,) = {"r/0", "r/1"} - {kept}
     lowered.send("p", Publish(kept, b"", QoS(0), retain=True))  # now there is room
