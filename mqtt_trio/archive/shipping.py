@@ -104,11 +104,6 @@ class Shipper:
             return self.settled
         return max(self.settled, spool.durable + self._base)
 
-    @property
-    def next_number(self) -> int:
-        """Number of the next message to be taken, while nothing is pending."""
-        return self._next_flight if self.spool is None else self._next_flight + self.spool.end - self._read_to
-
     # --- tasks ---
 
     async def run(self, *, task_status: trio.TaskStatus[None]) -> None:
