@@ -91,12 +91,4 @@ def _read_message(frame: bytes, version: ProtocolVersion, client_id: str, publis
     if header is None or header[1] != len(frame):
         raise MalformedPacketError("a spooled message is no whole frame")
     packet = decode_publish(frame[0] & 15, frame, *header, version)
-    return Message(
-        packet.topic_name,
-        packet.payload,
-        int(packet.qos),
-        packet.retain,
-        packet.properties,
-        client_id,
-        published_at,
-    )
+    return Message.of(packet, client_id, published_at)

@@ -43,7 +43,7 @@ class Inbound:
             broker.metrics.dropped_not_authorized += 1
             self._refuse(session, packet.qos, packet.packet_id or 0, ReasonCode.NOT_AUTHORIZED)
             return True
-        message = self._message(session, packet, now)
+        message = Message.of(packet, session.client_id, now + self.broker.wall_offset)
         self._count(packet.qos)
         audience = broker.audience(message.topic_name, session.client_id)
         journal = broker.journal
@@ -80,17 +80,6 @@ class Inbound:
             # the store knows for received.
             self.broker.keeper.received(session, packet_id, gated=bool(answers))
         self.acknowledge(session, int(packet.qos), packet_id, answers, kept)
-
-    def _message(self, session: Session, packet: Publish, now: float) -> Message:
-        return Message(
-            packet.topic_name,
-            packet.payload,
-            int(packet.qos),
-            packet.retain,
-            packet.properties,
-            session.client_id,
-            now + self.broker.wall_offset,
-        )
 
     def _may_take(self, link: ClientLink, session: Session) -> bool:
         """Whether a QoS 1 or 2 PUBLISH may be looked at now; pauses or ends the link where not."""
@@ -293,7 +282,7 @@ class Inbound:
                 waiting.link = link
                 session.acks.append(waiting)
                 return
-            message = self._message(session, packet, now)
+            message = Message.of(packet, session.client_id, now + self.broker.wall_offset)
             taps = self.broker.audience(message.topic_name, session.client_id).taps
             answers = self.show([tap for tap in taps if not keeps(tap)], message)
             if self.refused(session, 2, packet_id, answers):

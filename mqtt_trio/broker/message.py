@@ -6,7 +6,7 @@ from typing import Final
 
 import attrs
 
-from mqtt_trio.protocol.packets import NO_PROPERTIES, MessageProperties
+from mqtt_trio.protocol.packets import NO_PROPERTIES, MessageProperties, Publish
 
 MESSAGE_OVERHEAD: Final = 128
 """Bytes that a message counts for beside its topic and payload."""
@@ -26,6 +26,19 @@ class Message:
     """Client Identifier of the publisher."""
     published_at: float = 0.0
     """UTC seconds since the epoch."""
+
+    @classmethod
+    def of(cls, packet: Publish, client_id: str, published_at: float) -> Message:
+        """Make the message of a PUBLISH packet whose Topic Alias, if any, is resolved."""
+        return cls(
+            packet.topic_name,
+            packet.payload,
+            int(packet.qos),
+            packet.retain,
+            packet.properties,
+            client_id,
+            published_at,
+        )
 
     @property
     def expires_at(self) -> float | None:

@@ -98,15 +98,8 @@ class Recovery:
             header = read_header(frame, 0)
             if header is not None and header[1] == len(frame) and frame[0] >> 4 == 3:
                 packet = decode_publish(frame[0] & 15, frame, header[0], header[1], VERSIONS[version])
-                message = Message(
-                    packet.topic_name,
-                    packet.payload,
-                    int(packet.qos),
-                    packet.retain,
-                    packet.properties,
-                    client_id,
-                    min(published_at, self.now + self.broker.wall_offset),  # nothing is younger than now
-                )
+                now = self.now + self.broker.wall_offset
+                message = Message.of(packet, client_id, min(published_at, now))  # nothing is younger than now
         except (RemoteProtocolError, KeyError, IndexError):
             pass
         self.unreadable += message is None
