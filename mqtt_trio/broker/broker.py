@@ -15,7 +15,7 @@ from mqtt_trio.broker.access import (
     MethodsOnly,
     Principal,
 )
-from mqtt_trio.broker.audience import Audience, Member, make_audience, merge_members
+from mqtt_trio.broker.audience import Audience, make_audience, merge_members
 from mqtt_trio.broker.bursts import Bursts
 from mqtt_trio.broker.connect import Handshakes
 from mqtt_trio.broker.connections import Connections
@@ -325,18 +325,6 @@ class Broker:
     ) -> None:
         """Queue the acknowledgement of a publish until every Hold is released and the store has what it must keep."""
         self.inbound.acknowledge(session, qos, packet_id, answers, kept)
-
-    def deliver_singly(
-        self,
-        run: FrameRun,
-        members: Iterable[Member],
-        groups: Iterable[ShareGroup],
-        now: float,
-        *,
-        gated: bool = False,
-    ) -> None:
-        """Deliver a run to members that cannot share its bytes, and to share groups."""
-        self.sender.deliver_singly(run, members, groups, now, gated=gated)
 
     # Packets of a connected client
 

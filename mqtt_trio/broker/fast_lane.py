@@ -208,7 +208,7 @@ class FastLane:
         if audience.singly or audience.taps or audience.groups:
             run = FrameRun(frames, count, 0, self.version, self.session.client_id, now + broker.wall_offset)
             if audience.singly or audience.groups:
-                broker.deliver_singly(run, audience.singly, audience.groups, now)
+                broker.sender.deliver_singly(run, audience.singly, audience.groups, now)
             for tap in audience.taps:
                 tap.take_run(run)
 

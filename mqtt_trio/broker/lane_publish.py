@@ -114,7 +114,7 @@ def take_publishes(lane: FastLane, data: bytes, pos: int, end: int, now: float) 
         if late or fan.apart or audience.groups:
             if run is None:
                 run = FrameRun(data[start:stop], 1, qos, lane.version, session.client_id, now + broker.wall_offset)
-            broker.deliver_singly(run, (*(late or ()), *fan.apart), audience.groups, now, gated=fan.gated)
+            broker.sender.deliver_singly(run, (*(late or ()), *fan.apart), audience.groups, now, gated=fan.gated)
         if journal.last_number != before:
             if not answers and not acks:
                 if qos == 2 and session.number:
