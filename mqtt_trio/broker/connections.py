@@ -178,7 +178,11 @@ class Connections:
                 by_client=by_client,
             )
         )
-        expiry = session.expiry_interval
+        self._wait_for_return(session, now)
+
+    def _wait_for_return(self, session: Session, now: float) -> None:
+        """A session has no connection any more: publish its Will or set its time, end it or set its end."""
+        broker, expiry = self.broker, session.expiry_interval
         if session.shares and expiry:
             broker.shares.left(session, now)
         session.ended_at = now

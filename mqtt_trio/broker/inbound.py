@@ -17,6 +17,7 @@ from mqtt_trio.protocol.codes import ProtocolVersion, ReasonCode
 from mqtt_trio.protocol.packets import Packet, PubAck, PubComp, Publish, PubRec, PubRel
 
 if TYPE_CHECKING:
+    from mqtt_trio.broker.audience import Audience
     from mqtt_trio.broker.broker import Broker
 
 
@@ -43,15 +44,11 @@ class Inbound:
             broker.metrics.dropped_not_authorized += 1
             self._refuse(session, packet.qos, packet.packet_id or 0, ReasonCode.NOT_AUTHORIZED)
             return True
-        message = Message.of(packet, session.client_id, now + self.broker.wall_offset)
+        message = Message.of(packet, session.client_id, now + broker.wall_offset)
         self._count(packet.qos)
         audience = broker.audience(message.topic_name, session.client_id)
         journal = broker.journal
-        if (
-            journal.failing is not None
-            and packet.qos
-            and (packet.retain or audience.kept or any(map(keeps, audience.taps)))
-        ):
+        if journal.failing is not None and self._needs_store(packet, audience):
             broker.metrics.refused_by_store += 1
             self.refuse_unkept(session, packet.qos, packet.packet_id or 0)
             return True
@@ -70,6 +67,11 @@ class Inbound:
         if link.lane is not None:
             link.lane.learn(message.topic_name, audience)
         return True
+
+    @staticmethod
+    def _needs_store(packet: Publish, audience: Audience) -> bool:
+        """Whether a message may be acknowledged only once the store has what it leads to."""
+        return bool(packet.qos) and (packet.retain or audience.kept or any(map(keeps, audience.taps)))
 
     def _answer(self, session: Session, packet: Publish, answers: Sequence[Hold | Refused], before: Number) -> None:
         """Acknowledge a message that was delivered; `before` is the last number of the journal in front of it."""
