@@ -138,8 +138,10 @@ def test_consumer_follows_live(kafka: KafkaNode, brokers: Brokers) -> None:
     kafka_topic = unique_name("mqtt.live")
     node = brokers.start(config(kafka).replace(KAFKA_TOPIC, kafka_topic))
     options: dict[str, Any] = {"auto_offset_reset": "earliest", "enable_auto_commit": False, "group_id": name}
-    options["metadata_max_age_ms"] = 1000  # the node may be making the topic still
-    with closing(KafkaConsumer(kafka_topic, bootstrap_servers=kafka.servers, **options)) as consumer:
+    with closing(KafkaConsumer(bootstrap_servers=kafka.servers, **options)) as consumer:
+        # The node may be making the topic still, and who joins a group before there is one may stay without a share.
+        wait_until(lambda: consumer.partitions_for_topic(kafka_topic), "the topic", limit=30)
+        consumer.subscribe([kafka_topic])
         for number in range(10):
             publish(node.port, f"sensors/{name}", f"{number}", version="mqttv5", qos=number % 3)
         values: list[str] = []
