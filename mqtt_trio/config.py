@@ -162,7 +162,6 @@ def load_config(
     _apply(sources, overrides or Overrides())
     sources.read_secret_files()
     options, gateways = _structure(sources, sections)
-    sources.problems.extend(status.refusals(sources.table, sources.origins))
     if options is not None:
         sources.problems.extend(_cross_check(options, archive_topic(gateways)))
         for name in _wanted(options, sections):

@@ -460,19 +460,6 @@ def test_groups_that_share_a_topic_by_its_name_are_one(load: Any) -> None:
 # Not built yet
 
 
-@pytest.mark.parametrize(
-    "text,path",
-    [
-        ('[Kafka.Bus]\nAck = "store"', "Kafka.Bus.Ack"),
-        ('[Kafka.Bus]\nOnOutage = "spool"', "Kafka.Bus.OnOutage"),
-    ],
-)
-def test_promises_that_cannot_be_kept_are_refused(load: Any, text: str, path: str) -> None:
-    (problem,) = problems(load, text)
-    assert problem.startswith(f"{path}: ")
-    assert "yet" in problem
-
-
 def test_keys_of_later_features_are_accepted_and_named(load: Any) -> None:
     loaded = load('[Kafka.Metrics]\nEnabled = true\n[[ArchiveGroups]]\nName = "a"\nFormat = "AVRO"')
     assert sorted(loaded.inactive) == ["ArchiveGroups[0].Format", "Kafka.Metrics.Enabled"]

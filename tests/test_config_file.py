@@ -10,7 +10,6 @@ import attrs
 
 from gateways.kafka.options import KafkaOptions
 from mqtt_trio.config import LoadedConfig, load_config
-from mqtt_trio.errors import ConfigError
 
 SHIPPED = Path(__file__).parent.parent / "config.toml"
 SECTIONS: Mapping[str, type] = {"Kafka": KafkaOptions}
@@ -41,9 +40,8 @@ def test_the_shipped_file_loads() -> None:
 
 def test_the_shipped_file_with_every_line_uncommented(tmp_path: Path) -> None:
     text = re.sub(r"(?m)^#(?=[A-Za-z\[])", "", SHIPPED.read_text())
-    built = "\n".join(line for line in text.splitlines() if "not built yet" not in line)
-    assert built.count("=") > 90, "the file shows every key"
-    loaded = load(tmp_path, built)
+    assert text.count("=") > 90, "the file shows every key"
+    loaded = load(tmp_path, text)
     assert [group.name for group in loaded.options.archive_groups] == ["Default", "Sensors"]
     defaults = load_config(None, {}, None, SECTIONS).options
     assert loaded.options.limits == defaults.limits
@@ -64,23 +62,3 @@ def test_the_shipped_file_with_every_line_uncommented(tmp_path: Path) -> None:
         == expected
     )
     assert attrs.evolve(kafka(loaded).bus, enabled=False) == KafkaOptions().bus
-
-
-def test_lines_that_are_not_built_yet_load_or_say_so(tmp_path: Path) -> None:
-    table, accepted, refused = "", set(), set()
-    for line in SHIPPED.read_text().splitlines():
-        bare = line.removeprefix("#")
-        if bare.startswith("["):
-            table = bare
-        if not re.match(r"#\w+ = .*not built yet", line):
-            continue
-        name = f"{table.split('#')[0].strip()} {bare.split(' ')[0]}"
-        required = 'Name = "a"' if "ArchiveGroups" in table else ""
-        try:
-            load(tmp_path, f"{table}\n{required}\n{bare}")
-            accepted.add(name)
-        except ConfigError as exc:
-            if any("yet" in problem for problem in exc.problems):
-                refused.add(name)
-    assert accepted == {"[Kafka.Bus] Ack"}
-    assert refused == {"[Kafka.Bus] OnOutage"}

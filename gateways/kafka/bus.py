@@ -20,6 +20,7 @@ import trio
 
 from gateways.kafka.bus_clients import BusClients
 from gateways.kafka.bus_inbox import BusInbox
+from gateways.kafka.bus_outbox import BusOutbox
 from gateways.kafka.bus_positions import Positions
 from gateways.kafka.bus_records import Kind
 from gateways.kafka.bus_sender import LEAST_PART, PART_SLACK, BusSender
@@ -82,9 +83,12 @@ class Bus:
         self._started = self._began = False
         self._told: set[type[Exception]] = set()
         producer.after_drain = host.flush
-        self.sender = BusSender(settings, host, producer.offer, self.window, self.dead_letters)
-        self.sender.retain = self._retain
         self._local = local = host.local_client("bus")
+        self.outbox = BusOutbox(settings, host, local, producer.offer, self.window)
+        self.sender = BusSender(
+            settings, host, producer.offer, self.window, self.outbox, dead_letters=self.dead_letters
+        )
+        self.sender.retain = self._retain
         self._consumer.room = partial(wait_for_room, local)  # Kafka keeps it for longer than this node has memory for
         about_us = NodeFacts(socket.gethostname(), os.getpid(), utc())
         self.nodes = Nodes(host.node_id, host.instance_id, about_us, self._send_facts)
@@ -163,9 +167,10 @@ class Bus:
         Raises:
           StartError: another live node has this `Node.Id` and was first. Also later, when Kafka was away at the start.
         """
-        self.host.add_tap(self)
-        self.host.note(self.positions.marks)
         async with trio.open_nursery() as nursery:
+            await nursery.start(self.outbox.run)
+            self.host.add_tap(self)
+            self.host.note(self.positions.marks)
             await nursery.start(self._producer.run)
             await nursery.start(self._consumer.run)
             nursery.start_soon(self.sender.run)
@@ -255,17 +260,21 @@ class Bus:
 
     async def stop(self) -> None:
         """Ship what waits, say goodbye, close the producer. Bounded by the caller's cancel scope. Idempotent."""
-        if self.sender.is_open:
-            self.sender.ship_all()
-            self.retained.ship(everything=True)
-            self.nodes.goodbye()
-        self.sender.ending = True
-        self.host.commit()  # the last positions
         try:
-            await self._producer.stop()
+            self.sender.ship_all()
+            await self.outbox.finish(lambda: self.sender.has_sure)
+            if self.sender.is_open:
+                self.retained.ship(everything=True)
+                self.nodes.goodbye()
         finally:
-            self.window.release_all()
-            self.host.flush()
+            self.sender.ending = True
+            try:
+                await self._producer.stop()
+                await self.outbox.stop()
+            finally:
+                self.host.commit()  # the last positions, and what Kafka has
+                self.window.release_all()
+                self.host.flush()
 
     def describe(self) -> Sequence[str]:
         """Lines for the start-up summary."""
@@ -279,21 +288,22 @@ class Bus:
 
     def counters(self) -> dict[str, int]:
         """Counters by name; what waits or is on its way is a gauge."""
-        window, sender, inbox, retained = self.window, self.sender, self.inbox, self.retained
+        window, sender, outbox, inbox = self.window, self.sender, self.outbox, self.inbox
         return {
-            "bus_messages_sent": sender.sent_messages,
-            "bus_records_sent": sender.sent_records,
+            "bus_messages_sent": sender.sent_messages + outbox.sent_messages,
+            "bus_records_sent": sender.sent_records + outbox.sent_records,
             "bus_messages_waiting": window.messages,
             "bus_bytes_waiting": window.size,
             "bus_messages_dropped": window.dropped,
             "bus_messages_held": window.held,
             "bus_messages_refused": window.refused,
-            "bus_messages_failed": sender.failed_messages,
+            "bus_messages_failed": sender.failed_messages + outbox.failed_messages,
             "bus_publishers_stopped": window.stops,
             "bus_nodes": len(self.nodes.known),
+            **outbox.counters(),
             **self.clients.counters(),
             **inbox.counters(),
-            **retained.counters(),
+            **self.retained.counters(),
             **{f"bus_producer_{name}": n for name, n in self._producer.counters().items() if name in OF_THREADS},
             **{f"bus_consumer_{name}": n for name, n in self._consumer.counters().items() if name in OF_THREADS},
         }

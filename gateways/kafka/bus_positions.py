@@ -21,7 +21,7 @@ log = logging.getLogger("gateways.kafka.bus")
 
 MARK_VERSION: Final = 1
 HEAD: Final = struct.Struct(">BQQH")
-WRITER: Final = struct.Struct(">17sQ")
+WRITER: Final = struct.Struct(">18sQ")
 ABOUT: Final = struct.Struct(">Bd")
 INSTANCE_SIZE: Final = 16
 MAX_WRITERS: Final = 4096
@@ -35,7 +35,7 @@ PATIENCE: Final = 600.0
 """Seconds for which the rest of a body that came in part is waited for over a restart."""
 
 Writer = bytes
-"""An instance id and the number of one of its sequences."""
+"""An instance id and the number of one of its streams (`Header.writer`)."""
 
 
 @attrs.define

@@ -2,7 +2,8 @@
 
 A record is a header and a body, big endian throughout::
 
-    version u8 | kind u8 | flags u8 | instance 16 bytes | sequence u64 | node id length u16 | node id | body
+    version u8 | kind u8 | flags u8 | instance 16 bytes | sequence u64 | stream u16 |
+    node id length u16 | node id | body
 
 The body of a `Kind.BATCH` is a list of items: runs of PUBLISH packets as their publisher sent them, and single
 messages in fields of their own. The bodies of the other kinds are in `node_facts` and `bus_clients`. A body that is
@@ -28,7 +29,8 @@ from mqtt_trio.gateway import NO_PROPERTIES, FrameRun, Message, MessagePropertie
 FORMAT_VERSION: Final = 1
 """Goes up with every change that an older node would misread."""
 
-HEADER: Final = struct.Struct(">BBB16sQH")
+HEADER: Final = struct.Struct(">BBB16sQHH")
+FLAGS_AT: Final = 2
 INSTANCE: Final = slice(3, 19)
 """Where the instance id lies, in every version: own records are recognised before anything is decoded."""
 RUN_HEAD: Final = struct.Struct(">BBBHdII")
@@ -122,24 +124,28 @@ class Header:
     instance_id: bytes
     node_id: str
     sequence: int
-    """Counts the records of one (instance, partition) from 1."""
+    """Counts the records of one stream of the instance from 1; all of them are in one partition."""
     flags: Flag
     body_start: int
     """Where the body begins in the record's value."""
+    stream: int = 0
+    """Which of the instance's sequences it is: it has one for each partition and kind of message."""
 
     @property
     def writer(self) -> bytes:
         """Whose sequence it is."""
-        return self.instance_id + b"\0"
+        return self.instance_id + self.stream.to_bytes(2, "big")
 
 
 # --- writing
 
 
-def encode_header(kind: Kind, instance_id: bytes, node_id: str, sequence: int, flags: Flag = Flag.NONE) -> bytes:
+def encode_header(
+    kind: Kind, instance_id: bytes, node_id: str, sequence: int, flags: Flag = Flag.NONE, stream: int = 0
+) -> bytes:
     """The first bytes of a record; the body follows."""
     name = node_id.encode()
-    return HEADER.pack(FORMAT_VERSION, kind, flags, instance_id, sequence, len(name)) + name
+    return HEADER.pack(FORMAT_VERSION, kind, flags, instance_id, sequence, stream, len(name)) + name
 
 
 def encode_message(message: Message) -> bytes:
@@ -253,7 +259,7 @@ def decode_header(value: bytes) -> Header:
         raise UnknownVersionError(value[0])
     if len(value) < HEADER.size:
         raise BusRecordError(f"{len(value)} bytes, the header alone has {HEADER.size}")
-    _, kind, flags, instance_id, sequence, length = HEADER.unpack_from(value)
+    _, kind, flags, instance_id, sequence, stream, length = HEADER.unpack_from(value)
     body_start = HEADER.size + length
     if body_start > len(value):
         raise BusRecordError("the node id runs past the end of the record")
@@ -261,7 +267,13 @@ def decode_header(value: bytes) -> Header:
         raise BusRecordError(f"sequence {sequence}")
     try:
         return Header(
-            Kind(kind), instance_id, read_name(value[HEADER.size : body_start]), sequence, _FLAGS[flags], body_start
+            Kind(kind),
+            instance_id,
+            read_name(value[HEADER.size : body_start]),
+            sequence,
+            _FLAGS[flags],
+            body_start,
+            stream,
         )
     except (ValueError, KeyError) as exc:  # UnicodeDecodeError is a ValueError
         raise BusRecordError(f"unknown kind or flags, or a node id that is no UTF-8: {exc}") from None

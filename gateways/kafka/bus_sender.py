@@ -1,4 +1,4 @@
-"""What leaves a node: slots of messages that become records, one slot per partition [K21].
+"""What leaves a node: slots of messages become records, one slot per partition [K21].
 
 The partition of a topic is fixed for the life of the process: the number of partitions that Kafka told first counts to
 the end. When the topic grows meanwhile, this node goes on with the partitions that it uses, and its next process
@@ -16,113 +16,33 @@ from typing import Final
 import trio
 
 from gateways.kafka import bus_records
-from gateways.kafka.bus_records import RUN_OVERHEAD, BusRecordError, Flag, Item, Kind, encode_message
+from gateways.kafka.bus_outbox import BusOutbox, Outgoing
+from gateways.kafka.bus_records import BusRecordError, Flag, Kind, encode_message
 from gateways.kafka.bus_settings import BusSettings, TopicSize
+from gateways.kafka.bus_slots import RECORD_SIZE, SURE, Chunk, Slot
 from gateways.kafka.bus_window import BusWindow
 from gateways.kafka.dead_letters import DeadLetters
 from gateways.kafka.dlq import Stage
 from gateways.kafka.partitions import partition_for
 from gateways.kafka.records import Reason, Record
-from mqtt_trio.gateway import Answer, FrameRun, GatewayHost, Hold, Message
+from mqtt_trio.gateway import GatewayHost, Message
 
 log = logging.getLogger("gateways.kafka.bus")
 
-RECORD_SIZE: Final = 128 * 1024
-"""Bytes at which a slot leaves without waiting for the linger."""
 PART_SLACK: Final = 2048
 """Bytes of a record that its header, its key and Kafka's own framing may take beside the body."""
 LEAST_PART: Final = 1024
 CONTROL_PARTITION: Final = 0
 """Where nodes tell each other about themselves: one partition for all of them, whatever the topic grows to, so that all
 see it in one order."""
-
-
-class Slot:
-    """The messages of one partition that wait for the next record: the TapRoute of all topics that live there."""
-
-    __slots__ = ("_sender", "_window", "items", "messages", "number", "size")
-
-    def __init__(self, sender: BusSender, number: int) -> None:
-        self._sender = sender
-        self._window = sender.window
-        self.number = number
-        self.items: list[Item] = []
-        self.messages = 0
-        self.size = 0
-
-    def take_run(self, run: FrameRun) -> Answer:
-        """Take a run of frames from the fast lane (hot)."""
-        window = self._window
-        size = len(run.frames) + RUN_OVERHEAD
-        answer: Answer = None
-        if window.messages >= window.max_messages or window.size >= window.max_size:
-            answer = window.beyond(run.qos, run.count, size)
-            if not isinstance(answer, Hold):
-                return answer
-        else:
-            window.messages += run.count
-            window.size += size
-        self.items.append(run)
-        self.messages += run.count
-        self.size += size
-        if self.size >= RECORD_SIZE:
-            self._sender.ship(self)
-        elif not self._sender.armed:
-            self._sender.arm()
-        return answer
-
-    def take(self, message: Message) -> Answer:
-        """Take one message from the full path."""
-        sender, window = self._sender, self._window
-        item = sender.encoded(message)
-        if item is None:
-            return None
-        if message.retain:
-            sender.retain(message)
-        size = len(item) + RUN_OVERHEAD
-        answer: Answer = None
-        if window.full:
-            answer = window.beyond(message.qos, 1, size)
-            if not isinstance(answer, Hold):
-                return answer
-        else:
-            window.add(1, size)
-        self.items.append(item)
-        self.messages += 1
-        self.size += size
-        if self.size >= RECORD_SIZE:
-            sender.ship(self)
-        elif not sender.armed:
-            sender.arm()
-        return answer
-
-    def empty(self) -> list[tuple[list[Item], int, int]]:
-        """Give away what waits, as (items, messages, bytes) of about RECORD_SIZE each."""
-        items, messages, size = self.items, self.messages, self.size
-        self.items, self.messages, self.size = [], 0, 0
-        if size < 2 * RECORD_SIZE:
-            return [(items, messages, size)] if items else []
-        chunks: list[tuple[list[Item], int, int]] = []
-        chunk: list[Item] = []
-        messages = size = 0
-        for item in items:
-            chunk.append(item)
-            run = item if isinstance(item, FrameRun) else None
-            messages += run.count if run else 1
-            size += RUN_OVERHEAD + len(run.frames if run else item)  # type: ignore[arg-type]  # bytes if no run
-            if size >= RECORD_SIZE:
-                chunks.append((chunk, messages, size))
-                chunk, messages, size = [], 0, 0
-        if chunk:
-            chunks.append((chunk, messages, size))
-        return chunks
+CONTROL_STREAM: Final = 0x7FFF
 
 
 class BusSender:
     """Packs what this node's clients publish and hands it to the producer. Trio thread only.
 
     Attributes:
-      armed: the linger runs already, or nothing may be shipped yet.
+      armed: the linger runs already.
       retain: called with each message that is to be retained.
       after_ship: called behind each linger.
     """
@@ -133,12 +53,16 @@ class BusSender:
         host: GatewayHost,
         offer: Callable[[Record], None],
         window: BusWindow,
+        outbox: BusOutbox,
+        *,
         dead_letters: DeadLetters,
     ) -> None:
         self.settings = settings
         self.window = window
+        self.outbox = outbox
+        outbox.pack_all = self._pack_sure
         self.partitions = settings.partitions
-        self.armed = True
+        self.armed = False
         self.ending = False
         self.retain: Callable[[Message], None]
         self.after_ship: Callable[[], None]
@@ -149,6 +73,7 @@ class BusSender:
         self._slots: list[Slot] = []
         self._part_size = RECORD_SIZE
         self._sequences: dict[int, int] = {}
+        """By stream."""
         self._open = False
         self._wake = trio.Event()
 
@@ -184,6 +109,7 @@ class BusSender:
             self.partitions = known.partitions
             self._part_size = max(known.max_message_bytes - PART_SLACK - len(self._host.node_id), LEAST_PART)
         self._open = True
+        self.outbox.open(self.partitions)
         self.ship_all()
 
     @property
@@ -201,46 +127,72 @@ class BusSender:
 
     def ship_all(self) -> None:
         """Send what waits anywhere."""
-        self.armed = not self._open
+        self.armed = False
         for slot in self._slots:
             if slot.items:
                 self.ship(slot)
-        if self._open:
+        if self.has_sure:
+            if self.outbox.notes:
+                self._host.commit()  # which asks for them: they leave behind it
+            else:
+                self.ship_sure()
+        if self.is_open:
             self.after_ship()
 
     def ship(self, slot: Slot) -> None:
-        """Send what waits in `slot`, unless nothing may be sent: it keeps it then."""
+        """Send what waits in `slot` at QoS 0, unless nothing may be sent: it keeps it then."""
         if not self.is_open:
             return
         partition = slot.number % self.partitions
-        for items, messages, size in slot.empty():
-            sequence = self._next_sequence(partition)
-            head = self._head(Kind.BATCH, sequence)
-            value = bus_records.encode_items(items, head)
-            if len(value) <= self._part_size + len(head):
-                self._send(partition, value, messages, size)
-            else:
-                self._ship_parts(partition, sequence, value[len(head) :], messages, size)
+        for chunk in slot.empty():
+            values = self._values(chunk, slot.number)
+            for value in values[:-1]:
+                self._send(partition, value, 0, 0)
+            self._send(partition, values[-1], chunk.messages, chunk.size)
 
-    def _ship_parts(self, partition: int, sequence: int, body: bytes, messages: int, size: int) -> None:
-        parts = bus_records.cut_body(body, self._part_size)
-        for number, part in enumerate(parts):
-            flags = Flag.NONE
-            if number:
-                sequence = self._next_sequence(partition)
-                flags |= Flag.CONTINUED
-            is_last = number == len(parts) - 1
-            if not is_last:
-                flags |= Flag.MORE
-            value = self._head(Kind.BATCH, sequence, flags) + part
-            self._send(partition, value, messages if is_last else 0, size if is_last else 0)
+    @property
+    def has_sure(self) -> bool:
+        """Messages at QoS 1 or 2 wait in some slot."""
+        return any(slot.sure.items for slot in self._slots)
 
-    def _next_sequence(self, partition: int) -> int:
-        sequence = self._sequences[partition] = self._sequences.get(partition, 0) + 1
-        return sequence
+    def ship_sure(self) -> None:
+        """Hand what waits at QoS 1 and 2 to the outbox. While nothing is known of the topic, and nothing goes to the
+        spool, it stays: then its parts are not too large."""
+        if (self._open or self.outbox.spooling) and not self.ending:
+            for outgoing in self._pack_sure():
+                self.outbox.dispatch(outgoing)
 
-    def _head(self, kind: Kind, sequence: int, flags: Flag = Flag.NONE) -> bytes:
-        return bus_records.encode_header(kind, self._host.instance_id, self._host.node_id, sequence, flags)
+    def _pack_sure(self) -> list[Outgoing]:
+        packed: list[Outgoing] = []
+        for slot in self._slots:
+            for chunk in slot.sure.empty():
+                values = self._values(chunk, slot.number | SURE)
+                packed += [Outgoing(slot.number, value, 0, 0) for value in values[:-1]]
+                packed.append(Outgoing(slot.number, values[-1], chunk.messages, chunk.size, chunk.holds))
+        return packed
+
+    def _values(self, chunk: Chunk, stream: int) -> list[bytes]:
+        """Make records of a chunk: one, or as many as its size asks for."""
+        head = self._head(Kind.BATCH, stream)
+        value = bus_records.encode_items(chunk.items, head)
+        if len(value) <= self._part_size + len(head):
+            return [value]
+        parts = bus_records.cut_body(value[len(head) :], self._part_size)
+        last = len(parts) - 1
+        values = [self._with_flags(head, Flag.MORE) + parts[0]]
+        for number, part in enumerate(parts[1:], 1):
+            flags = Flag.CONTINUED | (Flag.MORE if number < last else Flag.NONE)
+            values.append(self._head(Kind.BATCH, stream, flags) + part)
+        return values
+
+    def _head(self, kind: Kind, stream: int, flags: Flag = Flag.NONE) -> bytes:
+        sequence = self._sequences[stream] = self._sequences.get(stream, 0) + 1
+        host = self._host
+        return bus_records.encode_header(kind, host.instance_id, host.node_id, sequence, flags, stream)
+
+    @staticmethod
+    def _with_flags(head: bytes, flags: Flag) -> bytes:
+        return head[: bus_records.FLAGS_AT] + bytes((flags,)) + head[bus_records.FLAGS_AT + 1 :]
 
     def _send(self, partition: int, value: bytes, messages: int, size: int) -> None:
         done = partial(self._done, messages, size)
@@ -257,7 +209,6 @@ class BusSender:
 
     def tell(self, kind: Kind, body: bytes, done: Callable[[Exception | None], None]) -> int:
         """Write a record to the other nodes that holds no messages; return its sequence."""
-        sequence = self._next_sequence(CONTROL_PARTITION)
-        value = self._head(kind, sequence) + body
+        value = self._head(kind, CONTROL_STREAM) + body
         self._offer(Record(self.settings.topic, CONTROL_PARTITION, None, value, done=done, messages=0))
-        return sequence
+        return self._sequences[CONTROL_STREAM]

@@ -28,6 +28,12 @@ class BusSettings:
     """Messages that may wait for Kafka. Outcome: see `BusWindow`."""
     window_bytes: int = 32 * 1024 * 1024
     """Bytes of them, with an estimate of what a message costs beside its content. Outcome: see `BusWindow`."""
+    ack: str = "none"
+    """`store`: QoS 1 and 2 are acknowledged once Kafka, or while it is away the disk, has them."""
+    on_outage: str | None = None
+    """What becomes of QoS 1 and 2 while Kafka is away: `spool`, `reject`, `drop`; None: they wait in the window."""
+    spool_bytes: int = 1024 * 1024 * 1024
+    """Bytes that the spool takes on disk at most. Outcome: the window fills."""
     checkpoint_age: float = 3600.0
     """Seconds for which a node may have been away and still gets what was published meanwhile."""
 

@@ -14,6 +14,7 @@ from gateways.kafka.archive import KafkaArchiveStore
 from gateways.kafka.bridge import ConsumerBridge, ProducerBridge
 from gateways.kafka.bus_settings import BusSettings
 from gateways.kafka.cluster import Cluster
+from gateways.kafka.cluster_watch import follow, trouble_of
 from gateways.kafka.dead_letters import DeadLetters
 from gateways.kafka.dlq import Stage
 from gateways.kafka.groups import bus_group
@@ -111,6 +112,7 @@ class KafkaGateway:
                 await nursery.start(self._archive.run)
             if self.options.bus.enabled:
                 self._bus = self._make_bus(host)
+                nursery.start_soon(follow, self.cluster, self._bus.outbox.look)
                 await nursery.start(self._bus.run)
             else:
                 if self._archive is not None:
@@ -131,6 +133,9 @@ class KafkaGateway:
             partitions=options.topics.bus.partitions or DEFAULTS["bus"].partitions,
             window_messages=options.bus.window_messages,
             window_bytes=options.bus.window_bytes,
+            ack=options.bus.ack,
+            on_outage=options.bus.on_outage,
+            spool_bytes=options.bus.spool_bytes,
             checkpoint_age=options.bus.checkpoint_age,
         )
         producer = ProducerBridge(
@@ -143,8 +148,10 @@ class KafkaGateway:
             linger_ms=0,
         )
         producer.on_refused = self.dead_letters.refused_on_bus
-        return Bus(settings, host, producer, partial(self._make_consumer, settings, host.node_id),
-                   self.cluster.facts, self.dead_letters)  # fmt: skip
+        bus = Bus(settings, host, producer, partial(self._make_consumer, settings, host.node_id),
+                  self.cluster.facts, self.dead_letters)  # fmt: skip
+        bus.outbox.trouble = partial(trouble_of, self.cluster, "bus", settings.topic)
+        return bus
 
     def _make_consumer(
         self,
@@ -155,7 +162,7 @@ class KafkaGateway:
     ) -> ConsumerBridge:
         assignments: list[Assignment] = [(settings.topic, offsets), (settings.retained_topic, "beginning")]
         group = bus_group(node_id)
-        return ConsumerBridge(self.options, self.cluster, assignments, on_records, name="bus", group=group)
+        return ConsumerBridge(self.options, self.cluster, assignments, on_records, name="bus-reader", group=group)
 
     def unready(self) -> Sequence[str]:
         """Say what of Kafka is missing that clients of this node rely on: nothing does while neither the bus nor an

@@ -43,9 +43,15 @@ class BusOptions:
     linger: float = attrs.field(default=0.003, validator=[ge(0), le(1)])
     """Seconds that messages wait to share a record."""
     ack: str = attrs.field(default="none", validator=in_(("none", "store")))
-    """`store`: PUBACK after Kafka has the message."""
+    """`store`: QoS 1 and 2 are acknowledged when Kafka has the message, or, while it is away, when it is on disk here;
+    `none`: at once."""
     on_outage: str = attrs.field(default="spool", validator=in_(("spool", "reject", "drop")))
-    """What becomes of messages while Kafka is away."""
+    """What becomes of QoS 1 and 2 messages while Kafka is away. `spool`: they are kept on disk, in order, and reach the
+    other nodes when it is back; `reject`: they are refused with 0x97 (a 3.x client is disconnected); `drop`: they are
+    acknowledged, and other nodes never get them. QoS 0 waits in the window and is dropped beyond it."""
+    spool_bytes: int = attrs.field(default=1024 * 1024 * 1024, validator=ge(16 * 1024 * 1024))
+    """Bytes that the spool takes on disk at most. Outcome, of a full disk as well: the window fills, and its outcome
+    follows."""
     window_messages: int = attrs.field(default=200_000, validator=[ge(1000), le(10_000_000)])
     """Messages that the bus may hold before Kafka has confirmed them. Outcome: QoS 1 and 2 publishers wait, QoS 0
     messages are dropped."""

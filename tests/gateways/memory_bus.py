@@ -53,6 +53,8 @@ class MemoryKafka:
         self.twice = False
         """Every record is written twice, as a producer that was rebuilt may do."""
         self.refuse: Callable[[Record], bool] = lambda record: False
+        self.watchers: list[Callable[[], None]] = []
+        """Told when it goes away or comes back."""
 
     def facts(self, topic: str) -> TopicFacts | None:
         return self.sizes if self.here.is_set() else None
@@ -81,9 +83,16 @@ class MemoryKafka:
 
     def go_away(self) -> None:
         self.here = trio.Event()
+        for look in self.watchers:
+            look()
 
     def come_back(self) -> None:
         self.here.set()
+        for look in self.watchers:
+            look()
+
+    def trouble(self) -> str | None:
+        return None if self.here.is_set() else "planned"
 
 
 class MemoryProducer:
@@ -347,6 +356,8 @@ def make_node(kafka: MemoryKafka, node_id: str, settings: BusSettings = SETTINGS
         return consumers[0]
 
     bus = Bus(settings, host, MemoryProducer(kafka), make_consumer, kafka.facts)
+    bus.outbox.trouble = kafka.trouble
+    kafka.watchers.append(bus.outbox.look)
     return Node(host, bus, consumers[0])
 
 

@@ -11,8 +11,8 @@ from trio.testing import MockClock
 
 from gateways.kafka.bus import START_TIMEOUT
 from gateways.kafka.bus_records import Kind, encode_header, encode_items
-from gateways.kafka.bus_sender import RECORD_SIZE
 from gateways.kafka.bus_settings import BusSettings
+from gateways.kafka.bus_slots import RECORD_SIZE
 from gateways.kafka.partitions import partition_for
 from gateways.kafka.retained import MAP_KEY
 from mqtt_trio.gateway import FrameRun, Hold, Message, MessageProperties, ReasonCode, Refused
@@ -230,9 +230,9 @@ async def test_large_message_travels_in_parts(autojump_clock: MockClock, cluster
     cluster.kafka = MemoryKafka(max_message_bytes=10_000)
     one, two = await cluster.start("one"), await cluster.start("two")
     payload = bytes(range(256)) * 400
-    one.publish("a", b"before")
+    one.publish("a", b"before", qos=1)
     one.publish("a", payload, qos=1)
-    one.publish("a", b"behind")
+    one.publish("a", b"behind", qos=1)
     await trio.sleep(SOON)
     assert two.payloads == [b"before", payload, b"behind"]
     sizes = [len(record.value or b"") for record in cluster.kafka.log("monster", partition("a"))]

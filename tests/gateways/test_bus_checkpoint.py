@@ -377,15 +377,15 @@ def test_positions_are_read_back() -> None:
     now = 1000.0
     first = Positions("t", b"1" * 16, {}, age=100, utc=lambda: now)
     first.begin({0: Began(5, 5), 1: Began(7, 7)})
-    first.of(0).writers = {b"w" * 17: 3, b"v" * 17: 4}
+    first.of(0).writers = {b"w" * 18: 3, b"v" * 18: 4}
     first.of(0).passed(9)
-    first.of(0).begun[b"w" * 17] = Begun(8, now)
+    first.of(0).begun[b"w" * 18] = Begun(8, now)
     marks = marks_of(first)
     assert marks_of(first).keys() == {"kafka.bus/t"}, "what has not changed is not written again"
     second = Positions("t", b"2" * 16, marks, age=100, utc=lambda: now + 100)
     assert second.offsets == {0: 8, 1: 7}
     assert second.lives == (b"1" * 16,)
-    assert (second.of(0).applied, second.of(0).writers) == (10, {b"w" * 17: 3, b"v" * 17: 4})
+    assert (second.of(0).applied, second.of(0).writers) == (10, {b"w" * 18: 3, b"v" * 18: 4})
     second.begin({0: Began(8, 12), 1: Began(7, 7)})
     third = Positions("t", b"3" * 16, marks | marks_of(second), age=100, utc=lambda: now)
     assert third.lives == (b"2" * 16, b"1" * 16)
@@ -393,14 +393,14 @@ def test_positions_are_read_back() -> None:
 
 
 def test_a_begun_body_is_not_waited_for_for_ever() -> None:
-    position = Position(next=50, applied=50, begun={b"w" * 17: Begun(8, 1000.0)})
+    position = Position(next=50, applied=50, begun={b"w" * 18: Begun(8, 1000.0)})
     assert Position.of_mark(position.mark(1500.0)).next == 8
     assert Position.of_mark(position.mark(1700.0)).next == 50
 
 
 def test_a_moved_offset_makes_records_new_again() -> None:
     positions = Positions("t", b"1" * 16, {}, age=100, utc=lambda: 0.0)
-    positions.of(0).writers = {b"w" * 17: 3}
+    positions.of(0).writers = {b"w" * 18: 3}
     positions.of(0).next = positions.of(0).applied = 10
     positions.begin({0: Began(4, 12, moved=True)})
     assert (positions.of(0).applied, positions.of(0).writers) == (4, {})
@@ -427,7 +427,7 @@ def test_marks_that_are_none_are_not_used(marks: dict[str, bytes], caplog: pytes
 
 def test_what_is_remembered_is_bounded() -> None:
     assert NOTED_WRITERS < MAX_WRITERS
-    position = Position(writers={b"%017d" % number: number for number in range(1000)})
+    position = Position(writers={b"%018d" % number: number for number in range(1000)})
     again = Position.of_mark(position.mark(0.0))
     assert list(again.writers.values()) == list(range(1000 - NOTED_WRITERS, 1000))
     marks: dict[str, bytes] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import AsyncIterator, Callable, Mapping
+from typing import Any
 
 import attrs
 import pytest
@@ -83,7 +84,7 @@ class RealCluster:
     topic: str = attrs.Factory(lambda: unique_name("bus"))
     retained: str = attrs.Factory(lambda: unique_name("retained"))
 
-    async def start(self, node_id: str, **settings: int) -> RealNode:
+    async def start(self, node_id: str, **settings: Any) -> RealNode:
         topics = TopicsOptions(retained=TopicOptions(name=self.retained))
         options = KafkaOptions(
             servers=self.servers,

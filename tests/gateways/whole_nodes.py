@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -14,10 +15,12 @@ import trio
 
 from gateways.kafka.bus import Bus
 from gateways.kafka.bus_settings import BusSettings
+from mqtt_trio.archive.spool import Spool, inline, spool_path
+from mqtt_trio.broker.broker import Broker
 from mqtt_trio.broker.store import MemoryStore, Store
 from mqtt_trio.host import Host
 from mqtt_trio.protocol.packets import Publish
-from mqtt_trio.testing import EPOCH, MemoryBroker, TestClient, open_memory_broker
+from mqtt_trio.testing import EPOCH, ConnectionEndedError, MemoryBroker, TestClient, open_memory_broker
 from tests.gateways.memory_bus import MemoryConsumer, MemoryKafka, MemoryProducer
 
 SOON = 0.2
@@ -52,6 +55,8 @@ class WholeNode:
 
     async def connect(self, client_id: str = "", *filters: str, qos: int = 2, **fields: Any) -> TestClient:
         """Connect a client, with subscriptions when it has none from before."""
+        if self.scope.cancel_called:
+            raise ConnectionEndedError("the node was killed")
         client = await self.memory.connect(client_id, **fields)
         assert client.connack is not None
         if filters and not client.connack.session_present:
@@ -62,6 +67,19 @@ class WholeNode:
         return self.bus.counters()
 
 
+class MemoryHost(Host):
+    """Spools are files; they are worked on without threads, which the fake clock does not see."""
+
+    def __init__(self, broker: Broker, node_id: str, instance_id: bytes, data: Path | None) -> None:
+        super().__init__(broker, node_id=node_id, instance_id=instance_id)
+        self._place = data
+
+    def make_spool(self, name: str, max_bytes: int) -> Spool:
+        assert self._place is not None, "this test has no place for a spool"
+        path = spool_path(self._place / self.node_id, name)
+        return Spool(path, max_bytes=max_bytes, synchronous="OFF", run_sync=inline)
+
+
 @attrs.define(eq=False)
 class WholeCluster:
     """Some nodes and what outlives them: Kafka, and each node's store by its id."""
@@ -70,6 +88,8 @@ class WholeCluster:
     kafka: MemoryKafka = attrs.Factory(MemoryKafka)
     stores: dict[str, Store] = attrs.Factory(dict)
     settings: BusSettings = attrs.Factory(BusSettings)
+    data: Path | None = None
+    """Where spools are."""
 
     async def start(self, node_id: str, *, kept: bool = True, **options: Any) -> WholeNode:
         """Start a node; back when its listeners would open. `kept`: with a store; `options` are those of Broker."""
@@ -92,11 +112,15 @@ class WholeCluster:
             return made[0]
 
         try:
-            with scope:
+            with scope, ExitStack() as stack:
                 async with open_memory_broker(store=store, **options) as memory, trio.open_nursery() as nursery:
-                    host = memory.host = Host(memory.broker, node_id=node_id, instance_id=instance)
+                    host = MemoryHost(memory.broker, node_id, instance, self.data)
+                    memory.host = host
                     producer = MemoryProducer(self.kafka)
                     bus = Bus(self.settings, host, producer, make_consumer, self.kafka.facts, utc=memory.utc_now)
+                    bus.outbox.trouble = self.kafka.trouble
+                    self.kafka.watchers.append(bus.outbox.look)
+                    stack.callback(self.kafka.watchers.remove, bus.outbox.look)
                     await nursery.start(bus.run)
                     task_status.started(WholeNode(node_id, memory, bus, made[0], producer, scope, ended))
                     await trio.sleep_forever()
@@ -105,10 +129,10 @@ class WholeCluster:
 
 
 @asynccontextmanager
-async def open_cluster(settings: BusSettings | None = None) -> AsyncIterator[WholeCluster]:
+async def open_cluster(settings: BusSettings | None = None, data: Path | None = None) -> AsyncIterator[WholeCluster]:
     """Give an empty cluster; leaving the block kills its nodes."""
     async with trio.open_nursery() as nursery:
-        yield WholeCluster(nursery, settings=settings or BusSettings())
+        yield WholeCluster(nursery, settings=settings or BusSettings(), data=data)
         nursery.cancel_scope.cancel()
 
 

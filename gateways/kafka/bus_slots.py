@@ -1,0 +1,164 @@
+"""Where messages wait to share a record: a slot for each partition, the TapRoute of all topics that live there [K21].
+
+QoS 0 waits apart from QoS 1 and 2, in records and sequences of its own: these are kept, acknowledged and spooled, and
+the order of one publisher's messages holds within a topic and a QoS [MQTT5-4.6.0-6].
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import attrs
+
+from gateways.kafka.bus_records import RUN_OVERHEAD, Item
+from mqtt_trio.gateway import Answer, FrameRun, Hold, Message
+
+if TYPE_CHECKING:
+    from gateways.kafka.bus_sender import BusSender
+
+RECORD_SIZE: Final = 128 * 1024
+"""Bytes at which a slot leaves without waiting for the linger."""
+SURE: Final = 0x8000
+"""Bit of the streams of QoS 1 and 2."""
+
+
+@attrs.define
+class Chunk:
+    """Messages that make up one record, about RECORD_SIZE of them."""
+
+    items: list[Item] = attrs.Factory(list)
+    holds: list[Hold] = attrs.Factory(list)
+    messages: int = 0
+    size: int = 0
+
+
+class Slot:
+    """The messages of one partition. Hot: `take_run`."""
+
+    __slots__ = ("_sender", "_window", "items", "keeps", "messages", "number", "size", "sure")
+
+    def __init__(self, sender: BusSender, number: int) -> None:
+        self._sender = sender
+        self._window = sender.window
+        self.keeps = sender.outbox.notes
+        self.number = number
+        self.items: list[Item] = []
+        """At QoS 0."""
+        self.messages = 0
+        self.size = 0
+        self.sure = SureItems(sender)
+        """At QoS 1 and 2."""
+
+    def take_run(self, run: FrameRun) -> Answer:
+        """Take a run of frames from the fast lane."""
+        window = self._window
+        size = len(run.frames) + RUN_OVERHEAD
+        if run.qos:
+            return self.sure.take(run, size)
+        if window.messages >= window.max_messages or window.size >= window.max_size:
+            return window.beyond(0, run.count, size)
+        window.messages += run.count
+        window.size += size
+        self.items.append(run)
+        self.messages += run.count
+        self.size += size
+        if self.size >= RECORD_SIZE:
+            self._sender.ship(self)
+        elif not self._sender.armed:
+            self._sender.arm()
+        return None
+
+    def take(self, message: Message) -> Answer:
+        """Take one message from the full path."""
+        sender, window = self._sender, self._window
+        item = sender.encoded(message)
+        if item is None:
+            return None
+        size = len(item) + RUN_OVERHEAD
+        if message.qos:
+            answer = self.sure.take(item, size)
+            if message.retain and not (answer is not None and not isinstance(answer, Hold)):
+                sender.retain(message)
+            return answer
+        if message.retain:
+            sender.retain(message)
+        if window.full:
+            return window.beyond(0, 1, size)
+        window.add(1, size)
+        self.items.append(item)
+        self.messages += 1
+        self.size += size
+        if self.size >= RECORD_SIZE:
+            sender.ship(self)
+        elif not sender.armed:
+            sender.arm()
+        return None
+
+    def empty(self) -> list[Chunk]:
+        """Give away what waits at QoS 0."""
+        items, messages, size = self.items, self.messages, self.size
+        self.items, self.messages, self.size = [], 0, 0
+        return cut(items, [], messages, size) if items else []
+
+
+class SureItems:
+    """Messages at QoS 1 and 2 of one partition."""
+
+    __slots__ = ("_outbox", "_sender", "_window", "holds", "items", "size")
+
+    def __init__(self, sender: BusSender) -> None:
+        self._sender = sender
+        self._outbox = sender.outbox
+        self._window = sender.window
+        self.items: list[Item] = []
+        self.holds: list[Hold] = []
+        """One for each item where acknowledgements wait for records, else none."""
+        self.size = 0
+
+    def take(self, item: Item, size: int) -> Answer:
+        """Take one message of `size` bytes."""
+        outbox, window = self._outbox, self._window
+        if outbox.turns_away:
+            return outbox.turn_away()
+        answer: Answer = None
+        if window.full:
+            answer = window.beyond(1, 1, size)
+            if not isinstance(answer, Hold):
+                return answer
+        else:
+            window.add(1, size)
+        if outbox.gated:  # it waits for more than room
+            answer = Hold(kept=outbox.notes)
+            self.holds.append(answer)
+        self.items.append(item)
+        self.size += size
+        if self.size >= RECORD_SIZE and not outbox.notes:
+            self._sender.ship_sure()
+        elif not self._sender.armed:
+            self._sender.arm()
+        return answer
+
+    def empty(self) -> list[Chunk]:
+        """Give away what waits."""
+        items, holds, size = self.items, self.holds, self.size
+        self.items, self.holds, self.size = [], [], 0
+        return cut(items, holds, len(items), size) if items else []
+
+
+def cut(items: list[Item], holds: list[Hold], messages: int, size: int) -> list[Chunk]:
+    """Cut what waits into chunks; `holds`: one for each item, or none."""
+    if size < 2 * RECORD_SIZE:
+        return [Chunk(items, holds, messages, size)]
+    chunks = [Chunk()]
+    for number, item in enumerate(items):
+        chunk = chunks[-1]
+        if chunk.size >= RECORD_SIZE:
+            chunk = Chunk()
+            chunks.append(chunk)
+        chunk.items.append(item)
+        if holds:
+            chunk.holds.append(holds[number])
+        run = item if isinstance(item, FrameRun) else None
+        chunk.messages += run.count if run else 1
+        chunk.size += RUN_OVERHEAD + len(run.frames if run else item)  # type: ignore[arg-type]  # bytes if no run
+    return chunks
