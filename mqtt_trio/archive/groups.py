@@ -33,7 +33,8 @@ MEANINGS: Final[Mapping[str, str]] = {
     "dropped_qos0": "QoS 0 messages that were not archived because the window was full.",
     "held": "Messages whose acknowledgement had to wait because the window was full.",
     "waiting": "Gauge: messages in the window of an archive group: neither stored nor handed to the spool.",
-    "rejected": "QoS 1 and 2 messages that were refused because the store was away (OnOutage = reject).",
+    "rejected": "QoS 1 and 2 messages that were refused because the store was away (OnOutage = reject); with Ack = "
+    "store those that were on their way are among them, and are stored nevertheless.",
     "dropped": "Messages that were not archived because the store was away (OnOutage = reject: QoS 0; drop: all).",
     "timed_out": "Messages that got a negative answer because neither store nor spool had them within AckTimeout.",
     "spooled": "Messages that went over the spool.",
@@ -69,7 +70,8 @@ class ArchiveGroup:
     Attributes:
       dropped_qos0: messages dropped because the window was full.
       held: messages whose acknowledgement had to wait for room in the window.
-      rejected, dropped: messages refused, and dropped, because the store was away.
+      rejected, dropped: messages refused, and dropped, because the store was away; what was refused under way is stored
+        nevertheless.
       timed_out: messages refused because neither store nor spool had them within `ack_timeout`.
     """
 
@@ -301,10 +303,27 @@ class ArchiveGroup:
             self._turned_away += turned_away
             logger.warning("archive group %s: its store is back; %d messages were turned away", name, turned_away)
             return
+        waited = self._let_nobody_wait()
         done = "refused" if policy == "reject" else "dropped"
-        logger.warning("archive group %s: %s; messages are %s meanwhile", name, reason, done)
-        if policy == "drop":
-            self._release_all(None)  # nobody shall wait: what is in the window is stored later
+        if waited:
+            done = f"{done} meanwhile, and {waited} that were on their way, which are stored when it is back"
+        logger.warning("archive group %s: %s; messages are %s", name, reason, done if waited else f"{done} meanwhile")
+
+    def _let_nobody_wait(self) -> int:
+        """The store is away, and what comes is turned away: an answer that waited would hold up the refusals behind it,
+        since answers keep the order of their messages. What is in the window is stored later. Return how many messages
+        were refused although they may be stored: a store that has gone away cannot say which of them it has."""
+        while self._release():
+            pass
+        refused = ReasonCode.QUOTA_EXCEEDED if self._gated and self.options.outage_policy == "reject" else None
+        count = self._release_all(refused)
+        if self._stopped_publishers:  # nothing is added to the window meanwhile
+            self._stopped_publishers = False
+            self._host.resume_publishers(self)
+        if refused is None:
+            return 0
+        self.rejected += count
+        return count
 
     def _note_failures(self) -> None:
         failures = self.shipper.failures

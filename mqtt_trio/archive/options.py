@@ -107,7 +107,8 @@ class ArchiveGroupOptions:
     The message may be stored nevertheless."""
     on_outage: str | None = attrs.field(default=None, validator=optional(in_(OUTAGE_POLICIES)))
     """What happens to messages while the store is away [K10]. spool: they are kept on disk; reject: QoS 1 and 2 are
-    refused with 0x97 (a 3.x client is disconnected), QoS 0 dropped; drop: they are acknowledged and dropped. None:
+    refused with 0x97 (a 3.x client is disconnected), QoS 0 dropped; drop: they are acknowledged and dropped. Both
+    answer at once what waits for the store when it goes away, and what is on its way is stored when it is back. None:
     spool for KAFKA; for the others the window fills, and its outcome follows."""
     spool_bytes: int = attrs.field(
         default=1024 * 1024 * 1024, validator=ge(MINIMUM_SPOOL_BYTES), metadata={"unit": "bytes"}

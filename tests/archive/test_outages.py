@@ -2,88 +2,19 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
-import attrs
 import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from mqtt_trio.archive.groups import ArchiveGroup, ArchiveGroupOptions
-from mqtt_trio.archive.shipping import LINGER
-from mqtt_trio.archive.spool import Spool, inline
+from mqtt_trio.archive.spool import Spool
 from mqtt_trio.archive.spool_log import SpoolLog
 from mqtt_trio.archive.spool_records import SpoolRecord
-from mqtt_trio.broker.message import Message
-from mqtt_trio.broker.tap import Answer, Hold, Refused
 from mqtt_trio.errors import StoreError
-from mqtt_trio.protocol.codes import ReasonCode
-from tests.archive_support import FakeHost, FakeStore, held, run_of
-
-MOMENT = 4 * LINGER
-NO = ReasonCode.IMPLEMENTATION_SPECIFIC_ERROR
-
-
-@attrs.define
-class World:
-    """One group with its fakes, as one life of a broker."""
-
-    group: ArchiveGroup
-    store: FakeStore
-    host: FakeHost
-    answers: dict[int, Answer] = attrs.Factory(dict)
-
-    @property
-    def spool(self) -> Spool:
-        assert self.group.shipper.spool is not None
-        return self.group.shipper.spool
-
-    def publish(self, *numbers: int, qos: int = 1, size: int = 0) -> None:
-        """Publish a message with each number, by turns as a run and as a message."""
-        for number in numbers:
-            payload = b"%d" % number + bytes(size)
-            if number % 2:
-                self.answers[number] = self.group.take(Message("t", payload, qos))
-            else:
-                self.answers[number] = self.group.take_run(run_of(payload, qos=qos))
-
-    def acknowledged(self, *numbers: int) -> bool:
-        """Whether all of these were acknowledged, in the affirmative."""
-        found = [self.answers[number] for number in numbers]
-        return all(answer is None or (isinstance(answer, Hold) and answer.released) for answer in found) and not any(
-            isinstance(answer, Hold) and answer.refused for answer in found
-        )
-
-    def waiting(self) -> list[int]:
-        return [number for number, answer in self.answers.items() if isinstance(answer, Hold) and not answer.released]
-
-    @property
-    def stored(self) -> list[int]:
-        """What the store was given, in order."""
-        return [int(payload.rstrip(b"\0")) for payload in self.store.payloads]
-
-    def counters(self, *names: str) -> dict[str, int]:
-        """Counters that are not zero; with names, these."""
-        return {name: n for name, n in self.group.counters().items() if (name in names if names else n)}
-
-
-@asynccontextmanager
-async def world(spool: Path | None = None, *, spool_bytes: int = 1 << 30, **options: Any) -> AsyncIterator[World]:
-    """A running group; at the end it is killed."""
-    options.setdefault("on_outage", "spool" if spool is not None else None)
-    store, host = FakeStore(), FakeHost()
-    store.at_once = True
-    made = Spool(spool, max_bytes=spool_bytes, synchronous="OFF", run_sync=inline) if spool is not None else None
-    group = ArchiveGroup(ArchiveGroupOptions(name="G", **options), store, host, made)
-    async with trio.open_nursery() as nursery:
-        await nursery.start(group.run)
-        yield World(group, store, host)
-        nursery.cancel_scope.cancel()
-
+from tests.archive.outage_world import MOMENT, NO, world
+from tests.archive_support import FakeHost, FakeStore, held
 
 # --- Ack = "store" [K9] ---
 
@@ -400,74 +331,6 @@ async def test_what_the_spool_cannot_give_back_is_counted_and_holds_nothing_up(
             "stored": 4, "failed": 0, "spool_lost": 1, "spool_messages": 0,
         }  # fmt: skip
     assert "1 messages could not be read back" in caplog.text
-
-
-# --- reject and drop [K10] ---
-
-
-async def test_reject_counts_and_tells(autojump_clock: MockClock, caplog: pytest.LogCaptureFixture) -> None:
-    async with world(on_outage="reject") as w:
-        w.store.at_once = False
-        w.publish(0)
-        await trio.sleep(MOMENT)
-        w.publish(1)
-        w.store.go_away("Kafka is gone")
-        w.publish(2, 3)
-        w.publish(4, qos=2)
-        assert w.answers[2] == w.answers[3] == w.answers[4] == Refused(ReasonCode.QUOTA_EXCEEDED)
-        w.publish(5, 6, qos=0)
-        assert w.group.take_run(run_of(b"7", b"8", b"9")) is None
-        await trio.sleep(5)
-        assert w.counters() == {"waiting": 2, "rejected": 3, "dropped": 5}
-        w.store.come_back()
-        w.publish(10)
-        w.store.finish_all()
-        await trio.sleep(MOMENT)
-        w.store.finish_all()
-        await trio.sleep(MOMENT)
-        assert w.stored == [0, 1, 10], "what was taken before is stored"
-        assert w.counters() == {"stored": 3, "rejected": 3, "dropped": 5}
-    assert [line.getMessage() for line in caplog.records] == [
-        "archive group G: Kafka is gone; messages are refused meanwhile",
-        "archive group G: its store is back; 8 messages were turned away",
-    ]
-
-
-@pytest.mark.parametrize("ack", ["none", "store"])
-async def test_drop_acknowledges_and_counts(
-    autojump_clock: MockClock, ack: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    async with world(on_outage="drop", ack=ack) as w:
-        w.store.at_once = False
-        w.publish(0, 1)
-        await trio.sleep(MOMENT)
-        w.store.go_away()
-        assert w.acknowledged(0, 1), "nobody waits for a store that is away"
-        w.publish(*range(2, 102))
-        w.publish(102, qos=0)
-        assert w.acknowledged(*range(103))
-        assert w.counters("dropped", "rejected", "waiting") == {"dropped": 101, "rejected": 0, "waiting": 2}
-        w.store.come_back()
-        w.publish(103)
-        await trio.sleep(MOMENT)
-        assert w.acknowledged(103) == (ack == "none")
-        w.store.finish_all()
-        await trio.sleep(MOMENT)
-        assert w.acknowledged(103)
-        assert w.stored == [0, 1, 103]
-        assert w.counters() == {"stored": 3, "dropped": 101}
-    assert [line.levelno for line in caplog.records] == [logging.WARNING] * 2
-
-
-async def test_a_store_that_is_away_at_the_start(autojump_clock: MockClock, tmp_path: Path) -> None:
-    store = FakeStore()
-    store.go_away()
-    group = ArchiveGroup(ArchiveGroupOptions(name="G", on_outage="drop"), store, FakeHost())
-    async with trio.open_nursery() as nursery:
-        await nursery.start(group.run)
-        assert group.take(Message("t", b"", 1)) is None
-        assert group.counters()["dropped"] == 1
-        nursery.cancel_scope.cancel()
 
 
 async def test_a_spool_that_cannot_be_opened_is_one_plain_error(autojump_clock: MockClock, tmp_path: Path) -> None:

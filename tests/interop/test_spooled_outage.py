@@ -15,11 +15,12 @@ import attrs
 import pytest
 import trio
 
-from mqtt_trio.protocol.codes import ReasonCode
+from mqtt_trio.protocol.codes import QoS, ReasonCode
+from mqtt_trio.protocol.packets import Publish
 from mqtt_trio.testing import ConnectionEndedError
 from tests.interop.broker_process import BrokerProcess, Brokers
 from tests.interop.cluster import read_topic
-from tests.interop.kept_clients import connect
+from tests.interop.kept_clients import V311, connect
 from tests.interop.lines import wait_until
 from tests.kafka_support import KafkaNode, unique_name
 
@@ -180,4 +181,42 @@ async def test_a_kafka_that_freezes_slows_its_publishers_and_nobody_else(
         assert found[publisher.topic] == sorted(set(found[publisher.topic])), "nothing twice, in order"
         assert set(publisher.acknowledged) <= set(found[publisher.topic]) <= set(range(publisher.sent))
     counters = node.counters()
+    assert "archive.Spooled.timed_out" not in counters
+
+
+@pytest.mark.usefixtures("streams")
+async def test_reject_says_no_once_kafka_is_known_to_be_away(own_kafka: KafkaNode, brokers: Brokers) -> None:
+    """What waits for a frozen Kafka is refused when the outage is noticed, not after AckTimeout; then everything is."""
+    topic, refused = unique_name("rejected"), ReasonCode.QUOTA_EXCEEDED
+    node = brokers.make(config=config(own_kafka, topic, 'OnOutage = "reject"'), name="broker")
+    await trio.to_thread.run_sync(node.start)
+    pid = own_kafka.pid
+    assert pid is not None
+    client, older = await connect(node, "client"), await connect(node, "older", version=V311)
+    assert await client.publish("spooled/5", b"0", qos=1) is ReasonCode.SUCCESS
+    assert await older.publish("spooled/3", b"0", qos=1) is ReasonCode.SUCCESS
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        began = trio.current_time()
+        await older.send(Publish("spooled/3", b"1", QoS(1), packet_id=100))
+        assert await client.publish("spooled/5", b"1", qos=1) is refused
+        await older.closed()
+        noticed = trio.current_time()
+        assert noticed - began < 12, "three to six seconds, and slack"
+        for number in range(2, 12):
+            assert await client.publish("spooled/5", b"%d" % number, qos=1 + number % 2) is refused
+        assert trio.current_time() - noticed < 1
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    with trio.fail_after(LIMIT):
+        while (code := await client.publish("spooled/5", b"12", qos=2)) is not ReasonCode.SUCCESS:
+            assert code is refused
+            await trio.sleep(0.2)
+    await trio.to_thread.run_sync(node.stop)
+    found = await trio.to_thread.run_sync(archived, own_kafka, topic)
+    assert found == {"spooled/5": [0, 1, 12], "spooled/3": [0, 1]}, (
+        "what was under way is there although it was refused"
+    )
+    counters = node.counters()
+    assert counters["archive.Spooled.rejected"] >= 12
     assert "archive.Spooled.timed_out" not in counters
