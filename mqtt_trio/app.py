@@ -152,7 +152,9 @@ class Node:
 
     def _make_store(self, group: ArchiveGroupOptions) -> ArchiveStore:
         if group.store == "KAFKA":
-            return self.gateways["Kafka"].archive_store(group.kafka_topic, group.name)
+            return self.gateways["Kafka"].archive_store(
+                group.kafka_topic, group.name, form=group.format, timestamps=group.timestamp_format
+            )
         if group.store == "MEMORY":
             return MemoryStore(retention=group.retention, max_size=group.max_size)
         path = archive_path(self.options.persistence.path, group.name)

@@ -9,8 +9,6 @@ from mqtt_trio.config_schema import Path, show_path
 from mqtt_trio.config_sources import Origin
 
 INACTIVE: Final[Mapping[str, tuple[object, ...]]] = {
-    "ArchiveGroups[].Format": ("JSON", "json"),
-    "ArchiveGroups[].TimestampFormat": ("iso",),
     "Kafka.Metrics": (),
     "Kafka.Topics.Messages.Enabled": (False,),
     "Kafka.Topics.Sessions": (),

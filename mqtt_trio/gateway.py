@@ -165,8 +165,15 @@ class Gateway(Protocol):
     async def stop(self) -> None:
         """Ship what is held, close. After the last publish; bounded by the caller's cancel scope."""
 
-    def archive_store(self, topic: str | None, name: str) -> ArchiveStore:
-        """Make the store of archive group `name`; `topic`: its own destination, None for the gateway's default."""
+    def archive_store(
+        self, topic: str | None, name: str, *, form: str = "JSON", timestamps: str = "iso"
+    ) -> ArchiveStore:
+        """Make the store of archive group `name`; `topic`: its own destination, None for the gateway's default; `form`
+        and `timestamps`: `Format` and `TimestampFormat` of the group.
+
+        Raises:
+          ConfigError: something is missing that the format needs.
+        """
 
     def unready(self) -> Sequence[str]:
         """Why clients should not be sent to this node at the moment, a line each; empty: nothing that they rely on is

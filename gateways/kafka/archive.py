@@ -11,7 +11,7 @@ import trio
 from gateways.kafka.bridge import ProducerBridge, nothing
 from gateways.kafka.dead_letters import DeadLetters
 from gateways.kafka.dlq import Stage
-from gateways.kafka.mapping import JsonMapper, MessageRecord
+from gateways.kafka.mapping import MessageRecord, RecordMapper
 from gateways.kafka.presence import PART as PRESENCE
 from gateways.kafka.records import Reason, RecordRefusedError
 from mqtt_trio.errors import StoreError
@@ -50,7 +50,7 @@ class KafkaArchiveStore:
     of the records, once for each burst of them.
     """
 
-    def __init__(self, bridge: ProducerBridge, mapper: JsonMapper, dead_letters: DeadLetters | None = None) -> None:
+    def __init__(self, bridge: ProducerBridge, mapper: RecordMapper, dead_letters: DeadLetters | None = None) -> None:
         """`dead_letters` get what no record can be made of; what Kafka refuses goes there from the bridge."""
         self._bridge = bridge
         self._mapper = mapper

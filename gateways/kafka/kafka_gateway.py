@@ -18,7 +18,7 @@ from gateways.kafka.cluster_watch import follow, trouble_of
 from gateways.kafka.dead_letters import DeadLetters
 from gateways.kafka.dlq import Stage
 from gateways.kafka.groups import bus_group
-from gateways.kafka.mapping import JsonMapper, TimestampFormat
+from gateways.kafka.mapping import JsonMapper, RawMapper, RecordMapper
 from gateways.kafka.meanings import MEANINGS
 from gateways.kafka.options import KafkaOptions
 from gateways.kafka.poller import Assignment
@@ -27,6 +27,7 @@ from gateways.kafka.presence import watch_presence
 from gateways.kafka.records import ConsumedRecord
 from gateways.kafka.topic_plan import DEFAULTS, plan_topics
 from gateways.kafka.topics import TopicManager
+from mqtt_trio.errors import ConfigError
 from mqtt_trio.gateway import ArchiveStore, GatewayHost
 
 if TYPE_CHECKING:
@@ -54,13 +55,19 @@ class KafkaGateway:
         contents = options.dlq.payloads
         self.dead_letters = DeadLetters(self._dlq, topic, self.cluster.facts, contents=contents)
         self._archive: ProducerBridge | None = None
-        self._mappers: list[JsonMapper] = []
+        self._mappers: list[RecordMapper] = []
         self._stores: list[KafkaArchiveStore] = []
         self._bus: Bus | None = None
         self._topics: TopicManager | None = None
 
-    def archive_store(self, topic: str | None, name: str, timestamps: TimestampFormat = "iso") -> ArchiveStore:
-        """Make the store of archive group `name`, before `run`; `topic`: its own, None for the archive topic."""
+    def archive_store(
+        self, topic: str | None, name: str, *, form: str = "JSON", timestamps: str = "iso"
+    ) -> ArchiveStore:
+        """Make the store of archive group `name`, before `run`; `topic`: its own, None for the archive topic.
+
+        Raises:
+          ConfigError: something is missing that the format needs.
+        """
         if self._archive is None:
             self._archive = ProducerBridge(
                 self.options,
@@ -71,7 +78,7 @@ class KafkaGateway:
                 window_bytes=self.options.window_bytes,
             )
             self._archive.on_refused = partial(self.dead_letters.refused, Stage.ARCHIVE)
-        mapper = JsonMapper(topic or self.options.archive_topic, timestamps=timestamps)
+        mapper = make_mapper(topic or self.options.archive_topic, form, timestamps)
         self._mappers.append(mapper)
         store = KafkaArchiveStore(self._archive, mapper, self.dead_letters)
         self._stores.append(store)
@@ -231,3 +238,21 @@ class KafkaGateway:
     def meanings(self) -> Mapping[str, str]:
         """Return what each counter counts."""
         return MEANINGS
+
+
+def make_mapper(topic: str, form: str, timestamps: str) -> RecordMapper:
+    """Return what makes records of a group's `Format`.
+
+    Raises:
+      ConfigError: a library is not installed.
+    """
+    if form == "JSON":
+        return JsonMapper(topic, timestamps="epoch_ms" if timestamps == "epoch_ms" else "iso")
+    if form == "RAW":
+        return RawMapper(topic)
+    try:
+        from gateways.kafka.avro import AvroMapper
+    except ImportError as exc:
+        text = f"Format AVRO: {exc.name} is not installed: pip install 'mqtt-trio[kafka]' brings it"
+        raise ConfigError([text]) from None
+    return AvroMapper(topic)

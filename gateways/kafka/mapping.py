@@ -1,4 +1,7 @@
-"""MQTT messages as JSON records [K8]: pure, no I/O. `schemas/mqtt_message.schema.json` describes the value."""
+"""MQTT messages as records [K8]: pure, no I/O. `schemas/mqtt_message.schema.json` describes a JSON value.
+
+`avro` has the mapper of AVRO values, `reading` the way back.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,8 @@ from mqtt_trio.gateway import Message
 TimestampFormat = Literal["iso", "epoch_ms"]
 HEADER_NAMES: Final = 40
 """Bytes of a header's name and framing, at most: `mqtt.userProperties.` in front of a name that the value holds."""
+USER_PROPERTY: Final = "mqtt.userProperties."
+"""How the header of a User Property begins; its name follows."""
 QOS: Final = (b"0", b"1", b"2")
 FLAG: Final = {False: b"false", True: b"true"}
 
@@ -98,24 +103,56 @@ def record_headers(message: Message, broker_id: bytes, milliseconds: int) -> lis
     if properties.correlation_data is not None:
         headers.append(("mqtt.correlationId", properties.correlation_data))
     for name, value in properties.user_properties:
-        headers.append((f"mqtt.userProperties.{name}", value.encode()))
+        headers.append((USER_PROPERTY + name, value.encode()))
     return headers
 
 
-class JsonMapper:
-    """Makes records of messages for one Kafka topic."""
+class RecordMapper:
+    """Makes records of messages for one Kafka topic: keyed by the MQTT topic, at the publish time, with the facts as
+    headers. What a value holds is said by a subclass."""
 
-    def __init__(self, topic: str, broker_id: str = "", timestamps: TimestampFormat = "iso") -> None:
+    is_ready = True
+    """Records can be made; False: not yet."""
+    repeats_headers = False
+    """What the headers hold stands in the value as well, and takes no less room there."""
+
+    def __init__(self, topic: str, broker_id: str = "") -> None:
         self.topic = topic
         self.broker_id = broker_id
         """`Node.Id`; set before the first record."""
-        self._timestamps: TimestampFormat = timestamps
+
+    def value(self, message: Message, milliseconds: int) -> bytes:
+        """Return the value of the record of `message`, which was published at `milliseconds`. Called in the feeder's
+        thread; what it raises becomes a dead letter."""
+        raise NotImplementedError
 
     def record(self, message: Message) -> Record:
-        """Return the record of `message`: keyed by its topic, at its publish time."""
+        """Return the record of `message`."""
         record = MessageRecord(self, message)
         record.prepare()
         return record
+
+
+class JsonMapper(RecordMapper):
+    """JSON values."""
+
+    repeats_headers = True
+
+    def __init__(self, topic: str, broker_id: str = "", timestamps: TimestampFormat = "iso") -> None:
+        super().__init__(topic, broker_id)
+        self._timestamps: TimestampFormat = timestamps
+
+    def value(self, message: Message, milliseconds: int) -> bytes:
+        """Return the JSON text."""
+        return json_value(message, self.broker_id, milliseconds, self._timestamps)
+
+
+class RawMapper(RecordMapper):
+    """The payload and nothing else; all the rest is in key and headers."""
+
+    def value(self, message: Message, milliseconds: int) -> bytes:
+        """Return the payload; empty, it is no null, which would be a deletion in a compacted topic."""
+        return message.payload
 
 
 class MessageRecord(Record):
@@ -123,7 +160,7 @@ class MessageRecord(Record):
 
     watched = True
 
-    def __init__(self, mapper: JsonMapper, message: Message) -> None:
+    def __init__(self, mapper: RecordMapper, message: Message) -> None:
         self.topic = mapper.topic
         self.message: Message = message
         self._mapper = mapper
@@ -134,10 +171,12 @@ class MessageRecord(Record):
             return
         message, mapper = self.message, self._mapper
         milliseconds = round(message.published_at * 1000)
-        value = json_value(message, mapper.broker_id, milliseconds, mapper._timestamps)
+        value = mapper.value(message, milliseconds)
         self.key = message.topic_name.encode()
         self.headers = record_headers(message, mapper.broker_id.encode(), milliseconds)
         self.timestamp_ms = milliseconds
-        # What the headers hold stands in the value as well, and takes no less room there.
-        self.size = RECORD_OVERHEAD + len(self.key) + 2 * len(value) + HEADER_NAMES * len(self.headers)
         self.value = value
+        if mapper.repeats_headers:  # less exact than `measure`, and quicker
+            self.size = RECORD_OVERHEAD + len(self.key) + 2 * len(value) + HEADER_NAMES * len(self.headers)
+        else:
+            self.size = self.measure()

@@ -116,7 +116,7 @@ class ArchiveGroupOptions:
     """Bytes that the spool takes on disk at most. Outcome, of a full disk as well: what comes fills the window, and its
     outcome follows."""
     format: str = attrs.field(default="JSON", converter=_upper, validator=in_(FORMATS))
-    """How a KAFKA group writes its records."""
+    """How a KAFKA group writes its records: JSON, AVRO, or RAW, which is the payload alone [K8]."""
     timestamp_format: str = attrs.field(default="iso", validator=in_(TIMESTAMP_FORMATS))
     """How JSON records give the publish time."""
     window_messages: int = attrs.field(default=100_000, validator=ge(1))
@@ -146,8 +146,12 @@ def _misfits(options: ArchiveGroupOptions) -> Iterable[str]:
             yield "Retention: a KAFKA group keeps as long as its topic does, set retention.ms in the topic's Config"
         if options.max_size is not None:
             yield "MaxSize: a KAFKA group keeps as much as its topic does, set retention.bytes in the topic's Config"
-    elif options.kafka_topic is not None:
-        yield f'KafkaTopic: has no meaning with Store = "{options.store}"; set Store = "KAFKA" or leave it out'
+    else:
+        for key, is_set in (("KafkaTopic", options.kafka_topic is not None), ("Format", options.format != "JSON")):
+            if is_set:
+                yield f'{key}: has no meaning with Store = "{options.store}"; set Store = "KAFKA" or leave it out'
+    if options.timestamp_format != "iso" and options.format != "JSON":
+        yield f'TimestampFormat: {options.format} records give milliseconds since the epoch, it is for Format = "JSON"'
 
 
 def merge_groups(

@@ -45,6 +45,8 @@ def test_choices_in_capitals_match_without_regard_to_case() -> None:
         ({"ack": "all"}, "'ack' must be in"),
         ({"on_outage": "wait"}, "'on_outage' must be in"),
         ({"format": "XML"}, "'format' must be in"),
+        ({"format": "raw"}, 'Format: has no meaning with Store = "SQLITE"; set Store = "KAFKA"'),
+        ({"store": "KAFKA", "format": "AVRO", "timestamp_format": "epoch_ms"}, "TimestampFormat: AVRO records give"),
         ({"timestamp_format": "rfc"}, "'timestamp_format' must be in"),
         ({"window_messages": 0}, "'window_messages' must be >= 1: 0"),
         ({"window_bytes": 1}, "'window_bytes' must be >= 65536: 1"),
