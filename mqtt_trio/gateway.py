@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import enum
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Protocol
+from typing import Literal, Protocol
 
 import attrs
 import trio
@@ -185,8 +185,25 @@ class Gateway(Protocol):
     def counters(self) -> dict[str, int]:
         """Counters by name, for metrics and the line that is logged at the end."""
 
+    def figures(self) -> Iterable[Figure]:
+        """Figures with labels, for metrics. Called for each look at them: it must be quick."""
+
     def meanings(self) -> Mapping[str, str]:
         """What each name of `counters` counts, for metrics; those that also fall begin with `Gauge: `."""
+
+
+@attrs.frozen
+class Figure:
+    """A figure of a gateway with labels, as metrics show it."""
+
+    name: str
+    """Behind `mqtt_trio_` and the gateway's section; ends in its unit, where it has one, or in `_total`."""
+    meaning: str
+    """One sentence; the same for all figures of a name."""
+    value: float
+    labels: Mapping[str, str] = {}
+    """How many values each takes is bounded."""
+    kind: Literal["counter", "gauge"] = "gauge"
 
 
 class Verdict(enum.Enum):

@@ -171,8 +171,14 @@ class Monitor:
         for group in node.groups:
             labels = {"group": group.options.name, "store": group.options.store}
             page.add_counters("archive_", group.counters(), GROUP_MEANINGS, **labels)
+            if (spool := group.shipper.spool) is not None:
+                text = "What the spool of an archive group may take on disk."
+                page.add(f"{PREFIX}archive_spool_limit_bytes", "gauge", text, spool.max_bytes, **labels)
         for section, gateway in node.gateways.items():
             page.add_counters(f"{section.lower()}_", gateway.counters(), gateway.meanings())
+            for figure in gateway.figures():
+                name = f"{PREFIX}{section.lower()}_{figure.name}"
+                page.add(name, figure.kind, figure.meaning, figure.value, **figure.labels)
         text = "Times that the HTTP interface failed by an error of the broker."
         page.add(f"{PREFIX}http_failures_total", "counter", text, self.http.failures)
         for status, count in sorted(self.http.answers.items()):

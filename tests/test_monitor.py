@@ -21,7 +21,7 @@ from mqtt_trio.app import Node
 from mqtt_trio.broker.metrics import Metrics
 from mqtt_trio.broker.store import Batch
 from mqtt_trio.config import LoadedConfig, Overrides, load_config
-from mqtt_trio.gateway import Gateway
+from mqtt_trio.gateway import Figure, Gateway
 from mqtt_trio.monitor import LATENCY_LIMIT, TICK, WINDOW, LoopWatch, meanings_of_metrics
 from mqtt_trio.protocol.codes import ProtocolVersion
 from mqtt_trio.protocol.packets import ConnAck, Connect
@@ -137,7 +137,9 @@ async def test_reasons(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None
         assert await readiness(port) == (200, [])
         node.gateways["Other"] = cast(Gateway, FakeGateway(["the other system is away"]))
         assert await readiness(port) == (503, ["the other system is away"])
-        assert value(families((await fetch(port, "/metrics")).body), "mqtt_trio_other_things") == 7
+        found = families((await fetch(port, "/metrics")).body)
+        assert value(found, "mqtt_trio_other_things") == 7
+        assert value(found, "mqtt_trio_other_lag", part="a") == 2.5
         assert (await fetch(port, "/healthz")).status == 200, "it lives all the same"
 
 
@@ -150,6 +152,9 @@ class FakeGateway:
 
     def meanings(self) -> dict[str, str]:
         return {"things": "Gauge: things."}
+
+    def figures(self) -> list[Figure]:
+        return [Figure("lag", "How far it is behind.", 2.5, {"part": "a"})]
 
     async def stop(self) -> None: ...
 

@@ -5,8 +5,10 @@ Costs decide the shape (docs/kafka.md): a hop per record takes 50 µs and more, 
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
@@ -15,8 +17,10 @@ from typing import Any, Final
 import trio
 
 from gateways.kafka.cluster import Cluster
+from gateways.kafka.exposed import ClientReport
 from gateways.kafka.feeder import Feeder
 from gateways.kafka.generation import Faults, ProducerLike
+from gateways.kafka.lag import Behind
 from gateways.kafka.options import KafkaOptions
 from gateways.kafka.poller import Assignment, Began, ConsumerLike, Partition, Poller
 from gateways.kafka.records import ConsumedRecord as ConsumedRecord
@@ -76,6 +80,7 @@ class ProducerBridge:
         `lazy`: connect when there is something to send; `open_producer` and `faults` are for tests."""
         self.name = name
         self.cluster = cluster
+        cluster.clients[name] = self
         self.after_drain: Callable[[], None] = nothing
         self.on_refused: Callable[[Record, RecordRefusedError], None] = nothing
         self.collectors: list[Callable[[], None]] = []
@@ -233,6 +238,10 @@ class ProducerBridge:
             "threads_hung": self._watchdog.hangs,
         }
 
+    def report(self) -> ClientReport:
+        """Say how the producer fares."""
+        return ClientReport(kind="producer", figures=self._feeder.figures)
+
     def _settle(self, record: Record, error: Exception | None) -> None:
         """Note an outcome, wake the Trio thread once per burst. Any thread."""
         if record.watched:
@@ -330,6 +339,7 @@ class ConsumerBridge:
         `assignments` are pairs of a topic and where to begin; `group` is where `commit` stores offsets; `open_consumer`
         is for tests."""
         self.name = name
+        cluster.clients[name] = self
         self.positions_known = trio.Event()
         self.caught_up = trio.Event()
         self.room: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint
@@ -414,9 +424,28 @@ class ConsumerBridge:
         """Have offsets stored in the group, within a second or so; what fails is not told."""
         self._poller.to_commit = dict(offsets)
 
-    def lag(self) -> dict[tuple[str, int], int]:
-        """Return, per (topic, partition), how many records Kafka has that the bridge has not, as of the last fetch."""
-        return self._poller.lag
+    def lag(self) -> dict[Partition, Behind]:
+        """Return how far `on_records` is behind Kafka in each partition, as of the last second."""
+        while True:
+            try:
+                queued = tuple(self._items)
+                break
+            except RuntimeError:  # the poller's thread appended meanwhile
+                continue
+        lists = [item for item in queued if not callable(item)]
+        return self._poller.figures.lag.behind(itertools.chain(*lists, self._poller.waiting()))
+
+    def report(self) -> ClientReport:
+        """Say how the consumer fares."""
+        figures = self._poller.figures
+        return ClientReport(
+            kind="consumer",
+            figures=figures.client,
+            lag=self.lag(),
+            skew=figures.lag.skew,
+            failed_fetches=figures.failures.total,
+            failed_fetch_rate=figures.failures.rate(time.monotonic()),
+        )
 
     def counters(self) -> dict[str, int]:
         """Return what happened since the start."""

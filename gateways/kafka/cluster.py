@@ -10,6 +10,7 @@ from typing import TypeAlias, TypeVar
 
 import attrs
 
+from gateways.kafka.exposed import Client
 from gateways.kafka.records import Reason
 
 log = logging.getLogger("gateways.kafka")
@@ -57,6 +58,7 @@ class Cluster:
 
     Attributes:
       outages: how often Kafka went away.
+      clients: whoever has a client of Kafka, by name, for metrics. Trio thread.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class Cluster:
         the same without a login, `gate` only where a client need not even try."""
         self.servers = list(servers)
         self.outages = 0
+        self.clients: dict[str, Client] = {}
         self._probe = probe
         self._glance = glance or probe
         self._gate = gate
@@ -78,6 +81,7 @@ class Cluster:
         self._refused_until = 0.0
         self._lock = threading.Lock()
         self._away: dict[str, str] = {}
+        self._away_since: float | None = None
         self._said: set[str] = set()
         self._topics: dict[str, TopicFacts] = {}
         self._wanted: set[str] = set()
@@ -118,6 +122,12 @@ class Cluster:
         return bool(self._away)
 
     @property
+    def away_seconds(self) -> float:
+        """For how many seconds it has counted as away; 0: it does not."""
+        since = self._away_since
+        return time.monotonic() - since if since is not None else 0.0
+
+    @property
     def reason(self) -> str | None:
         """Why it counts as away, as the first part of the gateway that noticed said it; None: it is not away."""
         with self._lock:
@@ -134,6 +144,8 @@ class Cluster:
             first, again = not self._away, part in self._away
             self._away[part] = reason
             self.outages += first
+            if first:
+                self._away_since = time.monotonic()
             news = first or (again and reason not in self._said and len(self._said) < MOST_REASONS)
             self._said = {reason} if first else {*self._said, reason} if news else self._said
         servers = ", ".join(self.servers)
@@ -149,6 +161,8 @@ class Cluster:
             return
         with self._lock:
             last = self._away.pop(part, None) is not None and not self._away
+            if last:
+                self._away_since = None
         if last:
             log.warning("Kafka at %s is back", ", ".join(self.servers))
         self._tell()

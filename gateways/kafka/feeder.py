@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Final
 
+from gateways.kafka.client_metrics import NO_FIGURES
 from gateways.kafka.cluster import Cluster
 from gateways.kafka.generation import Faults, Generation, ProducerLike
 from gateways.kafka.parking import Parking
@@ -31,6 +32,8 @@ YIELD_EVERY: Final = 20
 IDLE_WAIT: Final = 0.5
 FINISH_WAIT: Final = 0.02
 LOOK_INTERVAL: Final = 0.25
+READ_INTERVAL: Final = 1.0
+"""Seconds between two looks at the figures of the producer."""
 AWAY_AFTER: Final = 3.0
 """Seconds without a confirmation after which Kafka is said to be away."""
 FIRST_BACKOFF: Final = 0.1
@@ -81,6 +84,8 @@ class Feeder:
         self.doing = "starting"
         self.left_behind = 0
         """Threads of producers that did not end."""
+        self.figures = NO_FIGURES
+        """Of the present producer; they are replaced as a whole."""
         self._lazy = lazy
         self._on_end = on_end
         self._open_producer = open_producer
@@ -97,7 +102,7 @@ class Feeder:
         self._deposed = False
         self._away = False
         self._backoff = FIRST_BACKOFF
-        self._next_look = 0.0
+        self._next_look = self._next_read = 0.0
 
     # Any thread
 
@@ -312,6 +317,9 @@ class Feeder:
         if now < self._next_look:
             return
         self._next_look = now + LOOK_INTERVAL
+        if now >= self._next_read:
+            self._next_read = now + READ_INTERVAL
+            self.figures = generation.producer.figures()
         for record, error in self._parked.hopeless(now):
             generation.finish(record, error)
         self._look_for_gone(generation, now)
@@ -344,6 +352,7 @@ class Feeder:
     def _take_back(self, generation: Generation) -> None:
         """Close the producer; what has no outcome goes before everything else, in order."""
         self._alive("closing its producer")
+        self.figures, self._next_read = NO_FIGURES, 0.0
         if not generation.producer.close(ABORT_WAIT if self._halt.is_set() else CLOSE_WAIT):
             self.left_behind += 1
             log.error("the thread of Kafka producer %s does not end and is left behind", self.name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
@@ -17,6 +17,7 @@ from gateways.kafka.cluster import Cluster
 from gateways.kafka.cluster_watch import follow, trouble_of
 from gateways.kafka.dead_letters import DeadLetters
 from gateways.kafka.dlq import Stage
+from gateways.kafka.exposed import figures_of
 from gateways.kafka.groups import bus_group
 from gateways.kafka.mapping import JsonMapper, RawMapper, RecordMapper
 from gateways.kafka.meanings import MEANINGS
@@ -28,7 +29,7 @@ from gateways.kafka.records import ConsumedRecord
 from gateways.kafka.topic_plan import DEFAULTS, plan_topics
 from gateways.kafka.topics import TopicManager
 from mqtt_trio.errors import ConfigError
-from mqtt_trio.gateway import ArchiveStore, GatewayHost
+from mqtt_trio.gateway import ArchiveStore, Figure, GatewayHost
 
 if TYPE_CHECKING:
     from gateways.kafka.bus import Bus
@@ -234,6 +235,15 @@ class KafkaGateway:
         if self._bus is not None:
             counters |= self._bus.counters()
         return counters | self.dead_letters.counters()
+
+    def figures(self) -> Iterator[Figure]:
+        """Yield figures with labels: of Kafka as a whole, and of each client."""
+        text = "How long Kafka has been away for some part of the node; 0: it is not."
+        yield Figure("away_seconds", text, self.cluster.away_seconds)
+        if self._bus is not None and (spool := self._bus.outbox.spool) is not None:
+            text = "What the spool of the bus may take on disk."
+            yield Figure("bus_spool_limit_bytes", text, spool.max_bytes)
+        yield from figures_of(self.cluster.clients.values())
 
     def meanings(self) -> Mapping[str, str]:
         """Return what each counter counts."""

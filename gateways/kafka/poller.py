@@ -13,7 +13,9 @@ from typing import Final, Literal, Protocol, TypeAlias
 
 import attrs
 
+from gateways.kafka.client_metrics import ClientFigures
 from gateways.kafka.cluster import Cluster
+from gateways.kafka.reader_figures import LOOK_INTERVAL, ReaderFigures
 from gateways.kafka.records import ConsumedRecord
 
 log = logging.getLogger("gateways.kafka")
@@ -29,7 +31,6 @@ CHUNK_BYTES: Final = 128 * 1024
 CHUNK_RECORDS: Final = 256
 """What the Trio thread handles before other tasks get their turn."""
 POLL_TIMEOUT: Final = 0.2
-LOOK_INTERVAL: Final = 1.0
 BEGINNING: Final = -1
 STALL_TIMEOUT: Final = 30.0
 """Seconds without a record although Kafka has some, after which the consumer is replaced."""
@@ -61,6 +62,8 @@ class ConsumerLike(Protocol):
     def identity(self, topic: str) -> object: ...
     def first_offsets(self, partitions: Sequence[Partition]) -> Mapping[Partition, int]: ...
     def end_offsets(self, partitions: Sequence[Partition]) -> Mapping[Partition, int]: ...
+    def latest_ends(self, partitions: Sequence[Partition]) -> Mapping[Partition, int]: ...
+    def figures(self) -> ClientFigures: ...
     def assign(self, offsets: Mapping[Partition, int]) -> None: ...
     def poll(self, timeout: float) -> list[ConsumedRecord]: ...
     def position(self, partition: Partition) -> int: ...
@@ -88,7 +91,7 @@ class Poller:
     """Everything here runs in the poller's thread but `abort`.
 
     Attributes:
-      lag: records per partition that Kafka has and `hand_over` has not got, as of the last look.
+      figures: how far `hand_over` is behind Kafka, and how fetches fare.
       began: partitions that are read from a checkpoint or their end; complete when the positions are known.
       to_commit: offsets to store in the group; set it from any thread, it is empty again once that is done.
     """
@@ -105,7 +108,7 @@ class Poller:
         self.beat = time.monotonic()
         self.doing = "starting"
         self.name = name
-        self.lag: dict[Partition, int] = {}
+        self.figures = ReaderFigures(name)
         self.received = 0
         self.rebuilds = 0
         self.began: dict[Partition, Began] = {}
@@ -117,6 +120,8 @@ class Poller:
         self._assignments = dict(assignments)
         self._hand_over = hand_over
         self._consumer: ConsumerLike | None = None
+        self._held: tuple[Sequence[ConsumedRecord], int] = ((), 0)
+        """Records that are being handed over, and how many of them have been."""
         self._next: dict[Partition, int] = {}
         self._targets_changed = False
         self._gone: set[str] = set()
@@ -137,7 +142,7 @@ class Poller:
     def successor(self) -> Poller:
         """Return a poller that goes on where this one is, which hangs and was told to end."""
         other = Poller(self.name, self._open_consumer, self._cluster, tuple(self._assignments.items()), self._hand_over)
-        other.lag, other.received, other.rebuilds = self.lag, self.received, self.rebuilds + 1
+        other.figures, other.received, other.rebuilds = self.figures, self.received, self.rebuilds + 1
         other.on_positions_known, other.on_caught_up = self.on_positions_known, self.on_caught_up
         other._next, other._identities = dict(self._next), dict(self._identities)
         other._targets = None if self._targets is None else dict(self._targets)
@@ -165,10 +170,14 @@ class Poller:
             except UnknownTopicError as exc:
                 log.debug("Kafka consumer %s waits: %s", self.name, exc)
             except Exception as exc:
+                if consumer is not None:
+                    self.figures.failed(consumer)
                 self._report(exc, opened=consumer is not None)
             finally:
                 self._alive("closing its consumer")
                 self._consumer = None
+                self._held = ((), 0)
+                self.figures.closed()
                 if consumer is not None:
                     consumer.close()
             self._alive("waiting to connect")
@@ -326,22 +335,28 @@ class Poller:
         for number, record in enumerate(records):
             size += len(record.value or b"")
             if size >= CHUNK_BYTES or number - start + 1 >= CHUNK_RECORDS:
+                self._held = (records, start)
                 self._give_records(records[start : number + 1])
                 start, size = number + 1, 0
         if start < len(records):
+            self._held = (records, start)
             self._give_records(records[start:])
+        self._held = ((), 0)
 
     def _give_records(self, records: list[ConsumedRecord]) -> None:
         self._give(records)
         self.received += len(records)
-        for record in records:
-            self._next[record.topic, record.partition] = record.offset + 1
+        last = {(record.topic, record.partition): record for record in records}
+        for partition, record in last.items():
+            self._next[partition] = record.offset + 1
+            self.figures.lag.handed(partition, record.timestamp_ms)
 
     def _give(self, item: Item) -> None:
         while not self._hand_over(self, item):
             self._alive("handing over")
             if self._halt.is_set():
                 raise Ended
+            self._look_ahead()
         self._progress_at = time.monotonic()
 
     # Supervision
@@ -350,24 +365,40 @@ class Poller:
         """See whether the connection stands, whether records come, whether topics have grown."""
         now = time.monotonic()
         self._next_look = now + LOOK_INTERVAL
-        lag = {}
-        for partition, position in self._next.items():
-            end = consumer.highwater(partition)
-            lag[partition] = max(0, end - position) if end is not None else 0
-        self.lag = lag
+        ends = {partition: consumer.highwater(partition) for partition in self._next}
+        positions = {p: self._position(consumer, p, ends[p] or 0) for p in self._next}
+        self.figures.look(consumer, positions, ends)
         if not consumer.connected:
             self._find_out()
         elif self._away:
             self._away = False
             self._cluster.back(self.name)
-        if now - self._progress_at > STALL_TIMEOUT and any(
-            count and consumer.position(p) <= self._next[p] for p, count in lag.items()
-        ):
-            raise StalledError(f"no record for {STALL_TIMEOUT:.0f} s although there are {sum(lag.values())}")
+        unread = sum(max(0, (end or 0) - positions[p]) for p, end in ends.items() if positions[p] <= self._next[p])
+        if unread and now - self._progress_at > STALL_TIMEOUT:
+            raise StalledError(f"no record for {STALL_TIMEOUT:.0f} s although there are {unread}")
         self._look_for_growth(consumer)
         if self.to_commit:
             offsets, self.to_commit = self.to_commit, {}
             self._commit(consumer, offsets)
+
+    def _position(self, consumer: ConsumerLike, partition: Partition, end: int) -> int:
+        """Return where reading goes on: behind the last record, or behind the markers and gaps that follow it."""
+        position = self._next[partition]
+        if end <= position:
+            return position
+        self._alive("asking for its position")
+        return max(position, consumer.position(partition))
+
+    def _look_ahead(self) -> None:
+        """See how much comes while nobody takes what is held."""
+        if self._consumer is not None and time.monotonic() >= self._next_look:
+            self._alive("asking for the ends of partitions")
+            self._next_look = time.monotonic() + self.figures.look_ahead(self._consumer, self._next)
+
+    def waiting(self) -> Sequence[ConsumedRecord]:
+        """Return records that are read and not handed over. Any thread."""
+        records, start = self._held
+        return records[start:]
 
     def _commit(self, consumer: ConsumerLike, offsets: Mapping[Partition, int]) -> None:
         """Store offsets in the group. It is for people and tools, so a failure stops nothing."""

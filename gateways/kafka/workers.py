@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, Final
 
+import attrs
 import kafka.errors as kafka_errors
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition, codec
 from kafka.net.compat import KafkaNetClient
@@ -22,6 +23,7 @@ from kafka.structs import OffsetAndMetadata
 
 from gateways.kafka import batches
 from gateways.kafka.batches import Unreadable
+from gateways.kafka.client_metrics import ClientFigures, ClientMetrics, FetchWatch
 from gateways.kafka.options import KafkaOptions
 from gateways.kafka.records import ConsumedRecord, Reason, Record
 from gateways.kafka.security import security_of
@@ -29,6 +31,7 @@ from mqtt_trio.errors import ConfigError
 
 BOOTSTRAP_TIMEOUT_MS: Final = 3000
 OFFSETS_TIMEOUT_MS: Final = 5000
+ENDS_TIMEOUT_MS: Final = 1000
 MAX_REQUEST_SIZE: Final = 8 * 1024 * 1024
 NEVER_MS: Final = 24 * 3600 * 1000
 """kafka-python shall not expire batches one by one: a later batch could overtake. `Feeder` gives up on a producer as a
@@ -233,6 +236,7 @@ class Producer:
         slow_down_without_leader(self._producer._accumulator)
         self._append = self._producer._accumulator.append
         self._leader_of = self._producer._metadata.leader_for_partition
+        self._metrics = ClientMetrics(self._producer, "producer")
         self._compression = config["compression_type"]
         self._max_request_size: int = config["max_request_size"]
 
@@ -276,6 +280,10 @@ class Producer:
         leader_of = self._producer._metadata.leader_for_partition  # -1: no leader at the moment; None: no partition
         written = list(self._producer._accumulator._batches)
         return {(p.topic, p.partition) for p in written if leader_of(p) is None}
+
+    def figures(self) -> ClientFigures:
+        """Return what the client says about itself."""
+        return self._metrics.read()
 
     @property
     def is_alive(self) -> bool:
@@ -331,6 +339,8 @@ class Consumer:
                 auto_offset_reset="earliest",  # only used when the log was cut off above our own position
                 **config,
             )
+        self._metrics = ClientMetrics(self._consumer, "consumer")
+        self._fetches = FetchWatch(self._consumer._fetcher, kafka_errors.Cancelled)
 
     def partitions(self, topic: str) -> list[int]:
         """Return the partitions of `topic` as the client knows them; none when there is no such topic."""
@@ -373,6 +383,16 @@ class Consumer:
         """Return the end of the partition as of the last fetch."""
         found: int | None = self._consumer.highwater(TopicPartition(*partition))
         return found
+
+    def latest_ends(self, partitions: Sequence[tuple[str, int]]) -> dict[tuple[str, int], int]:
+        """Do what `end_offsets` does, between two attempts to hand records over: it gives up soon."""
+        found = self._consumer.end_offsets([TopicPartition(*p) for p in partitions], ENDS_TIMEOUT_MS)
+        return {(p.topic, p.partition): offset for p, offset in found.items()}
+
+    def figures(self) -> ClientFigures:
+        """Return what the client says about itself, and how its fetches fared."""
+        watch = self._fetches
+        return attrs.evolve(self._metrics.read(), failed_fetches=watch.failed, answered_at=watch.answered_at)
 
     def committed(self, partitions: Sequence[tuple[str, int]]) -> dict[tuple[str, int], tuple[int, str]]:
         """Return offset and note of the partitions for which the group has one; none without a group."""

@@ -11,6 +11,7 @@ import attrs
 import trio
 
 from gateways.kafka.bridge import ProducerBridge, Record
+from gateways.kafka.client_metrics import NO_FIGURES, ClientFigures
 from gateways.kafka.cluster import Cluster, TopicFacts
 from gateways.kafka.options import KafkaOptions
 from gateways.kafka.records import Reason
@@ -71,6 +72,7 @@ class FakeKafka:
         self.sent = 0
         self.hold_up: threading.Event | None = None
         """Sending the record `hang` does not return before this is set."""
+        self.figures = NO_FIGURES
         self.on_open: Callable[[], None] = lambda: None
 
     def open(self) -> FakeProducer:
@@ -148,6 +150,9 @@ class FakeProducer:
 
     def vanished(self) -> set[tuple[str, int]]:
         return {(record.topic, record.partition or 0) for record in self.written if record.topic in self.kafka.deleted}
+
+    def figures(self) -> ClientFigures:
+        return self.kafka.figures
 
     @property
     def is_alive(self) -> bool:

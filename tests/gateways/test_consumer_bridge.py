@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import trio
 
 from gateways.kafka.bridge import SLOTS, ConsumerBridge
+from gateways.kafka.client_metrics import ClientFigures
 from gateways.kafka.cluster import Cluster, TopicFacts
 from gateways.kafka.options import KafkaOptions
 from gateways.kafka.poller import Poller
@@ -37,6 +39,8 @@ class FakeConsumer:
     ) -> None:
         self.group: dict[tuple[str, int], tuple[int, str]] = {} if group is None else group
         self.first = 0
+        self.blind = False
+        self.failed = 0
         self.kafka = kafka
         self.lives = lives if lives is not None else {}
         """How often each topic was deleted and made again."""
@@ -57,6 +61,14 @@ class FakeConsumer:
 
     def end_offsets(self, partitions: Sequence[tuple[str, int]]) -> Mapping[tuple[str, int], int]:
         return {p: len(self.kafka[p]) for p in partitions}
+
+    def latest_ends(self, partitions: Sequence[tuple[str, int]]) -> Mapping[tuple[str, int], int]:
+        if self.blind:
+            raise ConnectionError("nobody answers")
+        return self.end_offsets(partitions)
+
+    def figures(self) -> ClientFigures:
+        return ClientFigures(failed_fetches=self.failed, answered_at=time.monotonic())
 
     def assign(self, offsets: Mapping[tuple[str, int], int]) -> None:
         self.at = dict(offsets)
