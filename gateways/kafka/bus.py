@@ -81,6 +81,8 @@ class Bus:
         self.positions = Positions(settings.topic, host.instance_id, host.marks, age=settings.checkpoint_age, utc=utc)
         self._consumer = make_consumer(self.on_records, self.positions.offsets)
         self._started = self._began = False
+        self._has_retained = trio.Event()
+        """mqtt.retained is read, and what of it is outdated is known."""
         self._told: set[type[Exception]] = set()
         producer.after_drain = host.flush
         self._local = local = host.local_client("bus")
@@ -95,13 +97,13 @@ class Bus:
         self.inbox = BusInbox(host, local, self.nodes, self.positions, self.dead_letters, utc=utc)
         self.retained = Retained(
             settings.retained_topic,
-            host.node_id,
-            host.instance_id,
+            host,
             producer.offer,
             local=local,
-            settled=partial(self.window.settle, 0),
+            window=self.window,
             dead_letters=self.dead_letters,
         )
+        self.retained.arm = self.sender.arm
         self.clients = BusClients(host, self.sender.tell, self.sender.arm)
         self.inbox.clients = self.clients
         self.sender.after_ship = self._ship_others
@@ -116,12 +118,10 @@ class Bus:
 
     def _retain(self, message: Message) -> None:
         """Write a message with RETAIN 1 to mqtt.retained as well."""
-        window, retained = self.window, self.retained
-        if message.qos == 0 and window.full and message.topic_name.encode() not in retained.pending:
-            retained.dropped += 1
+        if message.qos == 0 and self.window.full and not self.retained.waits(message.topic_name):
+            self.retained.dropped += 1
             return
-        window.add(0, retained.take(message))
-        self.sender.arm()
+        self.retained.take(message)
 
     # --- out
 
@@ -231,9 +231,10 @@ class Bus:
         if kept is not None:
             self.retained.maximum_size = max(kept.max_message_bytes - PART_SLACK, LEAST_PART)
         self.retained.begin(kept.partitions if kept is not None else self.settings.retained_partitions)
+        self._has_retained.set()
 
     async def _start(self, task_status: trio.TaskStatus[None]) -> None:
-        events = (self._consumer.positions_known, self.nodes.joined, self._consumer.caught_up)
+        events = (self._consumer.positions_known, self.nodes.joined, self._has_retained)
         for event in events:
             if not await self._progress(event):
                 # No second warning: that Kafka is away has been said, and whoever says it names the server.
@@ -255,21 +256,24 @@ class Bus:
     @property
     def ready(self) -> bool:
         """This node misses nothing that others publish, and has all retained messages."""
-        consumer = self._consumer
-        return consumer.positions_known.is_set() and self.nodes.joined.is_set() and consumer.caught_up.is_set()
+        return self.nodes.joined.is_set() and self._has_retained.is_set()
 
     async def stop(self) -> None:
         """Ship what waits, say goodbye, close the producer. Bounded by the caller's cancel scope. Idempotent."""
         try:
             self.sender.ship_all()
             await self.outbox.finish(lambda: self.sender.has_sure)
+            await self.retained.settle()
             if self.sender.is_open:
                 self.retained.ship(everything=True)
                 self.nodes.goodbye()
         finally:
             self.sender.ending = True
             try:
-                await self._producer.stop()
+                with trio.CancelScope() as scope:
+                    if self.outbox.trouble() is not None and self.outbox.is_safe and self.retained.is_safe:
+                        scope.cancel()  # the next process sends it: nobody waits for Kafka
+                    await self._producer.stop()
                 await self.outbox.stop()
             finally:
                 self.host.commit()  # the last positions, and what Kafka has

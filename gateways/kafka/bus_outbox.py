@@ -386,10 +386,12 @@ class BusOutbox:
     async def finish(self, waits: Callable[[], bool]) -> None:
         """Wait until Kafka has everything, or, while it is away, the disk; where nothing is kept on disk, at once.
         `waits`: something is still in the slots. Bounded by the caller's cancel scope."""
-        while (self.notes or self.spool is not None) and (waits() or not self._is_over()):
+        while (self.notes or self.spool is not None) and (waits() or not self.is_safe):
             await self._movement()
 
-    def _is_over(self) -> bool:
+    @property
+    def is_safe(self) -> bool:
+        """The process may end: Kafka has everything that was taken, or, while it is away, the disk."""
         if self._uncommitted or self._queue or self._written or self._early:
             return False
         kept = all(outgoing.number or outgoing.spool_end is not None for outgoing in self._flights)

@@ -62,6 +62,8 @@ _RETAINED: Final = {
     "records_sent": "Retained messages that Kafka has confirmed.",
     "records_received": "Retained messages that were read from Kafka.",
     "records_failed": "Retained messages that Kafka will never have.",
+    "messages_resumed": "Retained messages that the process before this one owed Kafka, and that this one sends.",
+    "messages_restored": "Newer retained messages of other nodes that were written again behind one of this node.",
     "messages_dropped": "Retained QoS 0 messages that did not go to Kafka because the window was full.",
     "messages_too_large": "Retained messages that do not fit a record.",
     "records_malformed": "Records of retained messages that cannot be read; left out.",

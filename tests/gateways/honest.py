@@ -9,8 +9,8 @@ from typing import Any
 import attrs
 import trio
 
-from mqtt_trio.protocol.codes import QoS
-from mqtt_trio.protocol.packets import Packet, PubAck, PubComp, Publish, PubRec, PubRel
+from mqtt_trio.protocol.codes import QoS, ReasonCode
+from mqtt_trio.protocol.packets import Disconnect, Packet, PubAck, PubComp, Publish, PubRec, PubRel
 from mqtt_trio.testing import ConnectionEndedError, TestClient
 
 KEPT: dict[str, Any] = {"session_expiry_interval": 1_000_000, "clean_start": False}
@@ -22,6 +22,8 @@ class Honest:
 
     reconnect: Callable[[], Awaitable[TestClient]]
     window: int = 5
+    retain: bool = False
+    payload: Callable[[int], bytes] = b"%d".__mod__
     acknowledged: list[int] = attrs.Factory(list)
     refused: list[int] = attrs.Factory(list)
     client: TestClient | None = None
@@ -40,7 +42,9 @@ class Honest:
                 while waiting and len(self._open) < self.window:
                     number = waiting.pop(0)
                     packet_id = self._next_id = self._next_id % 60_000 + 1
-                    packet = Publish(topic(number), b"%d" % number, QoS(qos(number)), packet_id=packet_id)
+                    packet = Publish(
+                        topic(number), self.payload(number), QoS(qos(number)), self.retain, packet_id=packet_id
+                    )
                     self._open[packet_id] = (number, packet, False)
                     await self.client.send(packet)
                 if self._open:
@@ -71,6 +75,8 @@ class Honest:
                     self.acknowledged.append(number)
                 self._open[packet_id] = (number, publish, True)
                 await self.client.send(PubRel(packet_id))
+            case Disconnect(reason_code=ReasonCode.SERVER_SHUTTING_DOWN):
+                self.client = None
             case _:
                 raise AssertionError(f"unexpected {packet}")
 

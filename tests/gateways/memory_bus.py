@@ -72,9 +72,10 @@ class MemoryKafka:
         key: bytes | None,
         value: bytes | None,
         headers: Sequence[tuple[str, bytes]] = (),
+        timestamp_ms: int | None = None,
     ) -> None:
         log = self.log(topic, partition)
-        log.append(ConsumedRecord(topic, partition, len(log), key, value, headers, 0))
+        log.append(ConsumedRecord(topic, partition, len(log), key, value, headers, timestamp_ms or 0))
         self.changed.set()
         self.changed = trio.Event()
 
@@ -127,7 +128,9 @@ class MemoryProducer:
             record.done(ValueError("refused"))
             return
         for _ in range(2 if self.kafka.twice else 1):
-            self.kafka.append(record.topic, record.partition, record.key, record.value, record.headers)
+            self.kafka.append(
+                record.topic, record.partition, record.key, record.value, record.headers, record.timestamp_ms
+            )
         record.done(None)
 
     async def stop(self) -> None:
