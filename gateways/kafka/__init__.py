@@ -1,4 +1,4 @@
-"""The Kafka gateway: archive groups into Kafka, nodes joined by Kafka."""
+"""The Kafka gateway: archive groups into Kafka, nodes joined by Kafka; and reading archives from other programs."""
 
 from __future__ import annotations
 
@@ -6,15 +6,29 @@ import importlib
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Final
 
-from gateways.kafka.options import KafkaOptions
+from gateways.kafka.options import KafkaOptions as KafkaOptions
 from mqtt_trio.errors import ConfigError
 
 if TYPE_CHECKING:
+    from gateways.kafka.archive_consumer import ArchiveConsumer as ArchiveConsumer
+    from gateways.kafka.archived import ArchivedMessage as ArchivedMessage
     from gateways.kafka.kafka_gateway import KafkaGateway
     from mqtt_trio.gateway import Finding, GatewayCommand
 
 COMMANDS: Final = {"dlq": "dlq_commands", "offsets": "offset_commands", "topics": "topic_commands"}
 """Command -> module with `COMMAND`; it imports kafka-python when it runs."""
+
+PUBLIC: Final = {
+    "ArchiveConsumer": "archive_consumer",
+    "ArchivedMessage": "archived",
+}
+"""Name for other programs -> its module, imported when somebody asks: the broker reads options without any of it."""
+
+
+def __getattr__(name: str) -> object:
+    if name in PUBLIC:
+        return getattr(importlib.import_module(f"gateways.kafka.{PUBLIC[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def build(options: object) -> KafkaGateway:

@@ -102,6 +102,12 @@ def record_headers(message: Message, broker_id: bytes, milliseconds: int) -> lis
         headers.append(("mqtt.contentType", properties.content_type.encode()))
     if properties.correlation_data is not None:
         headers.append(("mqtt.correlationId", properties.correlation_data))
+    if properties.response_topic is not None:
+        headers.append(("mqtt.responseTopic", properties.response_topic.encode()))
+    if properties.payload_format_indicator is not None:
+        headers.append(("mqtt.payloadFormatIndicator", b"%d" % properties.payload_format_indicator))
+    if properties.message_expiry_interval is not None:
+        headers.append(("mqtt.messageExpiryInterval", b"%d" % properties.message_expiry_interval))
     for name, value in properties.user_properties:
         headers.append((USER_PROPERTY + name, value.encode()))
     return headers
@@ -114,7 +120,7 @@ class RecordMapper:
     is_ready = True
     """Records can be made; False: not yet."""
     repeats_headers = False
-    """What the headers hold stands in the value as well, and takes no less room there."""
+    """What the headers hold stands in the value as well, but for the Response Topic, and takes no less room there."""
 
     def __init__(self, topic: str, broker_id: str = "") -> None:
         self.topic = topic
@@ -178,5 +184,7 @@ class MessageRecord(Record):
         self.value = value
         if mapper.repeats_headers:  # less exact than `measure`, and quicker
             self.size = RECORD_OVERHEAD + len(self.key) + 2 * len(value) + HEADER_NAMES * len(self.headers)
+            if (response_topic := message.properties.response_topic) is not None:  # in a header alone
+                self.size += len(response_topic.encode())
         else:
             self.size = self.measure()

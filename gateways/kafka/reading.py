@@ -27,6 +27,9 @@ LATEST_MS: Final = 253_402_300_799_999
 LONGEST_TEXT: Final = 65_535
 """Bytes of a string of MQTT."""
 LARGEST_PAYLOAD: Final = 268_435_455
+LONGEST_EXPIRY: Final = 2**32 - 1
+FEWEST_HEADERS: Final = 6
+"""Headers that every record of ours has."""
 MOST_SCHEMAS: Final = 1000
 """Schemas of a registry that a reader remembers. Outcome: all are forgotten, and asked for again."""
 
@@ -77,7 +80,11 @@ class JsonReader:
 
     def read(self, record: ConsumedRecord) -> Archived:
         """See `Reader.read`."""
-        return read_json(record.value or b"", record.timestamp_ms)
+        archived = read_json(record.value or b"", record.timestamp_ms)
+        if len(record.headers) > FEWEST_HEADERS and (extras := HeaderFacts(record).extras()):
+            message = archived.message
+            message.properties = attrs.evolve(message.properties, **extras)
+        return archived
 
 
 def read_json(value: bytes, timestamp_ms: int) -> Archived:
@@ -228,13 +235,32 @@ class HeaderFacts:
         )
         correlation = _short(self._single.get("mqtt.correlationId"), "mqtt.correlationId")
         has_type = "mqtt.contentType" in self._single
-        if not has_type and correlation is None and not user_properties:
+        extras = self.extras()
+        if not has_type and correlation is None and not user_properties and not extras:
             return NO_PROPERTIES
         return MessageProperties(
             content_type=self.text("mqtt.contentType") if has_type else None,
             correlation_data=correlation,
             user_properties=user_properties,
+            **extras,
         )
+
+    def extras(self) -> dict[str, Any]:
+        """Return the properties that stand in headers alone, whatever the format."""
+        found: dict[str, Any] = {}
+        if "mqtt.responseTopic" in self._single:
+            found["response_topic"] = topic = self.text("mqtt.responseTopic")
+            if not topic or "#" in topic or "+" in topic:  # [MQTT5-3.3.2-14]
+                raise UnreadableError(f"header mqtt.responseTopic: expected a Topic Name, got {_shown(topic)}")
+        for name, header, most in (
+            ("payload_format_indicator", "mqtt.payloadFormatIndicator", 1),
+            ("message_expiry_interval", "mqtt.messageExpiryInterval", LONGEST_EXPIRY),
+        ):
+            if header in self._single:
+                found[name] = number = self.number(header, 0)
+                if number > most:
+                    raise UnreadableError(f"header {header}: expected {most} at most, got {number}")
+        return found
 
 
 # --- what a message may hold

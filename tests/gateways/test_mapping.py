@@ -27,6 +27,9 @@ PROPERTIES = st.builds(
     content_type=st.none() | TEXT,
     correlation_data=st.none() | st.binary(max_size=20),
     user_properties=st.lists(st.tuples(TEXT, TEXT), max_size=4).map(tuple),
+    response_topic=st.none() | TOPICS,
+    payload_format_indicator=st.none() | st.integers(0, 1),
+    message_expiry_interval=st.none() | st.integers(0, 2**32 - 1),
 )
 
 

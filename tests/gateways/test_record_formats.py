@@ -36,6 +36,9 @@ PROPERTIES = st.builds(
     content_type=st.none() | TEXT,
     correlation_data=st.none() | st.binary(max_size=20),
     user_properties=st.lists(st.tuples(TEXT, TEXT), max_size=4).map(tuple),
+    response_topic=st.none() | TOPICS,
+    payload_format_indicator=st.none() | st.integers(0, 1),
+    message_expiry_interval=st.none() | st.integers(0, 2**32 - 1),
 )
 MESSAGES = st.builds(
     Message,
@@ -310,3 +313,21 @@ def test_a_deletion_is_no_message() -> None:
 )
 def test_times_of_any_zone(text: str, milliseconds: int) -> None:
     assert read_timestamp(text) == milliseconds
+
+
+@pytest.mark.parametrize(
+    "name,value",
+    [
+        ("mqtt.responseTopic", b"a/#"),
+        ("mqtt.responseTopic", b""),
+        ("mqtt.responseTopic", b"\xff"),
+        ("mqtt.payloadFormatIndicator", b"2"),
+        ("mqtt.messageExpiryInterval", b"4294967296"),
+        ("mqtt.messageExpiryInterval", b"-1"),
+    ],
+)
+@each_format
+def test_headers_that_no_value_has_are_looked_at(mapper: RecordMapper, reader: Reader, name: str, value: bytes) -> None:
+    record = mapper.record(Message("a", b"b", published_at=1.0))
+    with pytest.raises(UnreadableError, match=name):
+        reader.read(ConsumedRecord("t", 0, 0, record.key, record.value, [*record.headers, (name, value)], 1))

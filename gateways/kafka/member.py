@@ -1,0 +1,324 @@
+"""The thread of one member of a consumer group: it reads, and stores what was processed [K14].
+
+A chunk of records is handed over, and the next one is asked for when all of it was processed; until then the consumer
+is polled with its partitions paused, so that it remains a member however long the records take. Offsets are stored by
+this thread between two polls, and by kafka-python's own right before a partition goes to another member.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Final, Protocol
+
+import attrs
+
+from gateways.kafka.cluster import Cluster
+from gateways.kafka.poller import FIRST_BACKOFF, LONGEST_BACKOFF, POLL_TIMEOUT, Partition
+from gateways.kafka.reading import Archived, JsonReader, UnreadableError
+from gateways.kafka.records import ConsumedRecord
+from mqtt_trio.errors import GatewayError
+
+log = logging.getLogger("gateways.kafka")
+
+COMMIT_TIMEOUT: Final = 5.0
+"""Seconds that one attempt to store offsets takes at most."""
+ATTEND_INTERVAL: Final = 1.0
+"""Seconds between two polls that only keep the membership, while records are being processed."""
+ATTEND_TIMEOUT: Final = 0.05
+LOOK_INTERVAL: Final = 1.0
+"""Seconds between two looks at whether Kafka is still there."""
+
+
+class GroupConsumerLike(Protocol):
+    """What the member needs of `group_consumer.GroupConsumer`."""
+
+    def missing(self) -> list[str]: ...
+    def begin_at_end(self) -> None: ...
+    def join(self) -> None: ...
+    def poll(self, timeout: float, *, paused: bool) -> list[ConsumedRecord]: ...
+    def commit(self, offsets: Mapping[Partition, int], timeout: float) -> None: ...
+    @property
+    def connected(self) -> bool: ...
+    def close(self) -> None: ...
+
+
+class Refusals(Protocol):
+    """Tells exceptions apart; `group_consumer` itself."""
+
+    def is_denial(self, error: BaseException) -> bool: ...
+    def is_rejoin(self, error: BaseException) -> bool: ...
+
+
+@attrs.frozen(eq=False)
+class Taken:
+    """A record that was read."""
+
+    record: ConsumedRecord
+    epoch: int
+    """For which assignment of its partition."""
+    archived: Archived | GatewayError
+    """What it says, or why that is nothing."""
+
+
+class Member:
+    """See the module. `run` is the thread's; `assigned`, `revoked` and `lost` are called by kafka-python's thread; the
+    others by any.
+
+    Attributes:
+      error: why the thread ended although nobody asked it to; None: it did not.
+      commits: how often offsets were stored.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        open_consumer: Callable[[Member], GroupConsumerLike],
+        refusals: Refusals,
+        cluster: Cluster,
+        *,
+        from_end: bool = False,
+        commit_interval: float = 0.0,
+    ) -> None:
+        """`from_end`: a group without offsets begins at the ends of its topics; `commit_interval`: seconds between two
+        commits at most, 0: each report is stored at once."""
+        self.name = name
+        self.error: GatewayError | None = None
+        self.commits = 0
+        self.on_records: Callable[[list[Taken]], None] = lambda records: None
+        self.read: Callable[[ConsumedRecord], Archived] = JsonReader().read
+        """May block, for a schema registry; the thread calls it."""
+        self.on_stored: Callable[[], None] = lambda: None
+        """Called by the thread when `stored_up_to` rose."""
+        self.stored_up_to = 0
+        """All reports up to this number are stored, or cannot be any more because their partitions went away."""
+        self._open_consumer = open_consumer
+        self._refusals = refusals
+        self._cluster = cluster
+        self._from_end = from_end
+        self._commit_interval = commit_interval
+        self._commit_at = 0.0
+        self._lock = threading.Condition()
+        self._epochs: dict[Partition, int] = {}
+        self._last_epoch = 0
+        self._processed: dict[Partition, tuple[int, int]] = {}
+        """Partition -> epoch and offset to store."""
+        self._reports = 0
+        self._outstanding = 0
+        """Records that were handed over and neither processed nor given up."""
+        self._halt = False
+        self._halt_by = 0.0
+        self._attend_at = self._look_at = 0.0
+        self._backoff = FIRST_BACKOFF
+        self._said_missing = False
+
+    # --- any thread
+
+    def owns(self, taken: Taken) -> bool:
+        """Tell whether the partition of a record has been this member's ever since the record was read."""
+        record = taken.record
+        return self._epochs.get((record.topic, record.partition)) == taken.epoch
+
+    def report(self, records: Iterable[Taken]) -> int:
+        """These were processed, in their order; return the number that `stored_up_to` reaches once that is stored."""
+        with self._lock:
+            for taken in records:
+                record = taken.record
+                self._processed[record.topic, record.partition] = (taken.epoch, record.offset + 1)
+                self._outstanding -= 1
+            self._reports += 1
+            self._lock.notify_all()
+            return self._reports
+
+    def give_up(self, count: int) -> None:
+        """So many records will not be processed here: their partitions went away."""
+        with self._lock:
+            self._outstanding -= count
+            self._lock.notify_all()
+
+    def finish(self, limit: float) -> None:
+        """Store what was reported within `limit` seconds, leave the group, end."""
+        with self._lock:
+            self._halt_by = min(self._halt_by, time.monotonic() + limit) if self._halt else time.monotonic() + limit
+            self._halt = True
+            self._lock.notify_all()
+
+    # --- kafka-python's thread
+
+    def assigned(self, partitions: Sequence[Partition]) -> None:
+        """These are this member's now."""
+        with self._lock:
+            for partition in partitions:
+                self._last_epoch += 1
+                self._epochs[partition] = self._last_epoch
+        log.debug("Kafka consumer %s: it has %s now", self.name, sorted(partitions))
+
+    def revoked(self, partitions: Sequence[Partition]) -> Mapping[Partition, int]:
+        """These go to other members; return the offsets to store of them first."""
+        offsets, _ = self._take(set(partitions))
+        self.lost(partitions)
+        return offsets
+
+    def lost(self, partitions: Sequence[Partition]) -> None:
+        """Other members may have these already."""
+        with self._lock:
+            for partition in partitions:
+                self._epochs.pop(partition, None)
+                self._processed.pop(partition, None)
+        log.debug("Kafka consumer %s: %s went to other members", self.name, sorted(partitions))
+
+    def _take(self, partitions: set[Partition] | None = None) -> tuple[dict[Partition, int], int]:
+        """Return the offsets to store, of some partitions or all, and up to which report they go."""
+        with self._lock:
+            wanted = [p for p in self._processed if partitions is None or p in partitions]
+            found = {p: self._processed.pop(p) for p in wanted}
+            return {p: at for p, (epoch, at) in found.items() if self._epochs.get(p) == epoch}, self._reports
+
+    def _put_back(self, offsets: Mapping[Partition, int]) -> None:
+        with self._lock:
+            for partition, at in offsets.items():
+                if partition in self._epochs:
+                    self._processed.setdefault(partition, (self._epochs[partition], at))
+
+    # --- the thread
+
+    def run(self) -> None:
+        """Serve until told to end, or until Kafka refuses what the member is for."""
+        while not self._halt:
+            consumer: GroupConsumerLike | None = None
+            try:
+                consumer = self._open_consumer(self)
+                if self._begin(consumer):
+                    self._serve(consumer)
+                    return
+            except Exception as exc:
+                if self._refusals.is_denial(exc):
+                    text = " ".join(f"{type(exc).__name__}: {exc}".split())
+                    self.error = GatewayError(f"Kafka consumer {self.name} is refused: {text}", retriable=False)
+                    return
+                self._report(exc, opened=consumer is not None)
+            finally:
+                if consumer is not None:
+                    self._store_last(consumer)
+                    consumer.close()
+                    self.lost(list(self._epochs))
+            with self._lock:
+                self._lock.wait_for(lambda: self._halt, self._backoff)
+            self._backoff = min(self._backoff * 2, LONGEST_BACKOFF)
+
+    def _begin(self, consumer: GroupConsumerLike) -> bool:
+        """Join the group; False: a topic is not there yet."""
+        if missing := consumer.missing():
+            if not self._said_missing:
+                self._said_missing = True
+                names = ", ".join(missing)
+                log.warning("Kafka consumer %s waits for topics that do not exist, or not for it: %s", self.name, names)
+            return False
+        self._cluster.back(self.name)
+        if self._from_end:
+            consumer.begin_at_end()
+        consumer.join()
+        return True
+
+    def _report(self, exc: Exception, *, opened: bool) -> None:
+        text = " ".join(f"{type(exc).__name__}: {exc}".split())
+        reason = self._cluster.probe()
+        if opened and reason is None:
+            log.warning("Kafka consumer %s is replaced: %s", self.name, text)
+        else:
+            self._cluster.away(self.name, reason or text)
+
+    def _serve(self, consumer: GroupConsumerLike) -> None:
+        while not self._halt:
+            self._store(consumer)
+            if self._outstanding:
+                self._attend(consumer)
+            elif records := consumer.poll(POLL_TIMEOUT, paused=False):
+                self._backoff = FIRST_BACKOFF
+                self._hand_over(records)
+            self._look_after(consumer)
+
+    def _attend(self, consumer: GroupConsumerLike) -> None:
+        """Wait for reports while records are being processed, and remain a member."""
+        with self._lock:
+            wait = max(0.0, self._attend_at - time.monotonic())
+            self._lock.wait_for(lambda: self._halt or self._is_due() or not self._outstanding, wait)
+            if self._halt or self._is_due() or not self._outstanding:
+                return
+        self._attend_at = time.monotonic() + ATTEND_INTERVAL
+        self._hand_over(consumer.poll(ATTEND_TIMEOUT, paused=True))  # of partitions that it has just been given
+
+    def _hand_over(self, records: Sequence[ConsumedRecord]) -> None:
+        taken = []
+        for record in records:
+            if (epoch := self._epochs.get((record.topic, record.partition))) is not None:
+                taken.append(Taken(record, epoch, self._read(record)))  # noqa: PERF401  too long for one line
+        with self._lock:
+            self._outstanding += len(taken)
+        if taken:
+            self.on_records(taken)
+
+    def _read(self, record: ConsumedRecord) -> Archived | GatewayError:
+        try:
+            return self.read(record) if record.defect is None else UnreadableError(record.defect)
+        except GatewayError as exc:
+            if exc.retriable:  # the registry: another consumer reads these records again
+                raise
+            return exc
+
+    def _is_due(self) -> bool:
+        return self.stored_up_to < self._reports and time.monotonic() >= self._commit_at
+
+    def _store(self, consumer: GroupConsumerLike) -> None:
+        """Store what was processed, when it is time."""
+        if not self._is_due():
+            return
+        offsets, reports = self._take()
+        if offsets:
+            try:
+                consumer.commit(offsets, COMMIT_TIMEOUT)
+            except Exception as exc:
+                if self._refusals.is_denial(exc):
+                    raise
+                self._put_back(offsets)
+                if not self._refusals.is_rejoin(exc):
+                    self._look_for_kafka(consumer, exc)
+                # What the group decides meanwhile says whether it is still this member's to store.
+                self._hand_over(consumer.poll(ATTEND_TIMEOUT, paused=self._outstanding > 0))
+                return
+            self.commits += 1
+        self._commit_at = time.monotonic() + self._commit_interval
+        self.stored_up_to = reports
+        self.on_stored()
+
+    def _store_last(self, consumer: GroupConsumerLike) -> None:
+        """Store what was processed before the group is left."""
+        offsets, reports = self._take()
+        limit = min(COMMIT_TIMEOUT, self._halt_by - time.monotonic()) if self._halt else COMMIT_TIMEOUT
+        if offsets and limit > 0 and consumer.connected:
+            try:
+                consumer.commit(offsets, limit)
+                self.commits += 1
+            except Exception as exc:
+                log.debug("Kafka consumer %s: offsets are not stored at the end: %s", self.name, exc)
+                return
+        self.stored_up_to = reports
+        self.on_stored()
+
+    def _look_after(self, consumer: GroupConsumerLike) -> None:
+        if time.monotonic() < self._look_at:
+            return
+        self._look_at = time.monotonic() + LOOK_INTERVAL
+        if consumer.connected:
+            self._cluster.back(self.name)
+        else:
+            self._look_for_kafka(consumer, None)
+
+    def _look_for_kafka(self, consumer: GroupConsumerLike, exc: Exception | None) -> None:
+        """Something failed, or no connection stands, which is normal for a moment: ask the servers."""
+        if (reason := self._cluster.probe()) is not None:
+            self._cluster.away(self.name, reason)
+        elif exc is not None:
+            log.debug("Kafka consumer %s: %s", self.name, exc)
