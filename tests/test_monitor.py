@@ -154,7 +154,7 @@ class FakeGateway:
         return {"things": "Gauge: things."}
 
     def figures(self) -> list[Figure]:
-        return [Figure("lag", "How far it is behind.", 2.5, {"part": "a"})]
+        return [Figure("lag", "How far it is behind.", 2.5, {"part": "a", "kind": "b"})]
 
     async def stop(self) -> None: ...
 

@@ -32,7 +32,7 @@ class Exposition:
     def __init__(self) -> None:
         self._families: dict[str, _Family] = {}
 
-    def add(self, name: str, kind: Kind, meaning: str, value: float, **labels: str) -> None:
+    def add(self, name: str, kind: Kind, meaning: str, value: float, /, **labels: str) -> None:
         """Add a figure under its whole name. A second one with the same labels replaces it.
 
         Raises:

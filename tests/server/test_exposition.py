@@ -33,6 +33,14 @@ def test_a_name_has_one_type() -> None:
         page.add("a", "gauge", "", 3)
 
 
+def test_labels_have_any_name() -> None:
+    page = Exposition()
+    labels = {name: name.upper() for name in ("name", "kind", "meaning", "value")}
+    page.add("a", "gauge", "", 3, **labels)
+    (family,) = text_string_to_metric_families(page.render())
+    assert family.samples[0].labels == labels
+
+
 def test_a_table_of_counters() -> None:
     page = Exposition()
     meanings = {"held": "Held.", "waiting": "Gauge: what waits."}
