@@ -153,7 +153,11 @@ class Node:
     def _make_store(self, group: ArchiveGroupOptions) -> ArchiveStore:
         if group.store == "KAFKA":
             return self.gateways["Kafka"].archive_store(
-                group.kafka_topic, group.name, form=group.format, timestamps=group.timestamp_format
+                group.kafka_topic,
+                group.name,
+                form=group.format,
+                timestamps=group.timestamp_format,
+                spooled=group.outage_policy == "spool",
             )
         if group.store == "MEMORY":
             return MemoryStore(retention=group.retention, max_size=group.max_size)

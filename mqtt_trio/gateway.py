@@ -166,10 +166,11 @@ class Gateway(Protocol):
         """Ship what is held, close. After the last publish; bounded by the caller's cancel scope."""
 
     def archive_store(
-        self, topic: str | None, name: str, *, form: str = "JSON", timestamps: str = "iso"
+        self, topic: str | None, name: str, *, form: str = "JSON", timestamps: str = "iso", spooled: bool = False
     ) -> ArchiveStore:
         """Make the store of archive group `name`; `topic`: its own destination, None for the gateway's default; `form`
-        and `timestamps`: `Format` and `TimestampFormat` of the group.
+        and `timestamps`: `Format` and `TimestampFormat` of the group; `spooled`: a spool has what the store has in hand
+        while it is away, so it must not give that up.
 
         Raises:
           ConfigError: something is missing that the format needs.

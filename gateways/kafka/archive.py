@@ -11,7 +11,7 @@ import trio
 from gateways.kafka.bridge import ProducerBridge, nothing
 from gateways.kafka.dead_letters import DeadLetters
 from gateways.kafka.dlq import Stage
-from gateways.kafka.mapping import MessageRecord, RecordMapper
+from gateways.kafka.mapping import MessageRecord, PatientRecord, RecordMapper
 from gateways.kafka.presence import PART as PRESENCE
 from gateways.kafka.records import Reason, RecordRefusedError
 from mqtt_trio.errors import StoreError
@@ -50,11 +50,23 @@ class KafkaArchiveStore:
     of the records, once for each burst of them.
     """
 
-    def __init__(self, bridge: ProducerBridge, mapper: RecordMapper, dead_letters: DeadLetters | None = None) -> None:
-        """`dead_letters` get what no record can be made of; what Kafka refuses goes there from the bridge."""
+    def __init__(
+        self,
+        bridge: ProducerBridge,
+        mapper: RecordMapper,
+        dead_letters: DeadLetters | None = None,
+        *,
+        spooled: bool = False,
+    ) -> None:
+        """`dead_letters` get what no record can be made of; what Kafka refuses goes there from the bridge. `spooled`:
+        the group has a spool, so a record that finds its topic gone or closed is not given up. It waits for the topic,
+        in front of what is in the spool."""
         self._bridge = bridge
         self._mapper = mapper
         self._dead_letters = dead_letters or DeadLetters()
+        self._spooled = spooled
+        self._make_record = PatientRecord if spooled else MessageRecord
+        self._lent: tuple[int, int] | None = None  # records and bytes of the producer's window, for the others to use
         self._batches: deque[Batch] = deque()
         self._backlog: deque[Batch] = deque()
         self._waits_for_room = self._closed = False
@@ -86,6 +98,7 @@ class KafkaArchiveStore:
             cluster.unlisten(look_soon)
 
     def _look(self) -> None:
+        self._share_window()
         trouble = self._find_trouble()
         if (trouble is None) != (self._trouble is None):
             self._trouble = trouble
@@ -101,6 +114,21 @@ class KafkaArchiveStore:
             trouble = found.text if found is not None else cluster.away_for(TOPICS)
         return trouble
 
+    def _share_window(self) -> None:
+        """Let the producer's other topics have the room of records that wait for a topic which is gone or closed: these
+        may wait for days. They stay within the window of their group."""
+        cluster, topic = self._bridge.cluster, self._mapper.topic
+        waits = self._spooled and cluster.facts(topic) is None and cluster.trouble(topic) is not None
+        if waits and self._lent is None:
+            offered = sum(entry.offered - entry.settled for entry in self._batches)
+            self._lent = offered, sum(entry.size for entry in self._batches)
+            self._bridge.make_room(*self._lent)
+        elif not waits and self._lent is not None:
+            records, size = self._lent
+            self._lent = None
+            self._bridge.make_room(-records, -size)
+            self._pump()
+
     def trouble(self) -> str | None:
         """Return why the topic cannot be written, while that is so."""
         return self._trouble
@@ -111,11 +139,11 @@ class KafkaArchiveStore:
 
     def submit(self, batch: Sequence[Message], done: Callable[[Outcome], None]) -> None:
         """Keep `batch` for the producer; `done` follows in the order of the batches."""
-        mapper = self._mapper
-        entry = Batch([MessageRecord(mapper, message) for message in batch], done)
+        mapper, make_record = self._mapper, self._make_record
+        entry = Batch([make_record(mapper, message) for message in batch], done)
         self._batches.append(entry)
         self._backlog.append(entry)
-        if not self._waits_for_room:
+        if not self._waits_for_room and self._lent is None:
             self._pump()
         if not batch:
             self._collect()
@@ -123,6 +151,8 @@ class KafkaArchiveStore:
     def _pump(self) -> None:
         """Give the producer what it has room for."""
         self._waits_for_room = False
+        if self._lent is not None:
+            return
         bridge, backlog = self._bridge, self._backlog
         while backlog:
             entry = backlog[0]

@@ -130,6 +130,11 @@ class ProducerBridge:
         self._sent_messages += sent
         self._failed += failed
 
+    def make_room(self, records: int, size: int) -> None:
+        """So much of what was offered takes no room in the window for now; negative: it does again."""
+        self._take_room(-records, -size)
+        self._look_for_room()
+
     def _take_room(self, records: int, size: int) -> None:
         self.outstanding_records += records
         self.outstanding_bytes += size

@@ -182,16 +182,16 @@ class BusOutbox:
 
     def _send(self, outgoing: Outgoing, done: Callable[[Outgoing, Exception | None], None] | None = None) -> None:
         self._flights[outgoing] = None
-        self._offer(
-            Record(
-                self._settings.topic,
-                outgoing.partition % self.partitions,
-                None,
-                outgoing.value,
-                done=partial(done or self._done, outgoing),
-                messages=outgoing.messages,
-            )
+        record = Record(
+            self._settings.topic,
+            outgoing.partition % self.partitions,
+            None,
+            outgoing.value,
+            done=partial(done or self._done, outgoing),
+            messages=outgoing.messages,
         )
+        record.patient = True
+        self._offer(record)
 
     def _done(self, outgoing: Outgoing, failure: Exception | None) -> None:
         if isinstance(failure, GatewayError) and failure.retriable and (outgoing.number or outgoing.spool_end):

@@ -330,9 +330,13 @@ class Feeder:
             generation.broken = TimeoutError(f"no confirmation for {waiting:.0f} s")
         elif waiting > AWAY_AFTER and not self._away and not generation.gone:
             self._report_away(TimeoutError(f"no confirmation for {waiting:.0f} s"))
-        elif self._away and (generation.confirmed or not self._has_work()) and waiting < AWAY_AFTER:
+        elif self._away and waiting < AWAY_AFTER and (generation.confirmed or not self._is_waiting(generation)):
             self._away = False
             self._cluster.back(self.name)
+
+    def _is_waiting(self, generation: Generation) -> bool:
+        """Whether there is anything that Kafka could confirm: what is parked waits for its topic, perhaps for days."""
+        return bool(generation.in_flight or self.inbox or self._again)
 
     def _look_for_gone(self, generation: Generation, now: float) -> None:
         """See to topics that were deleted: a record for one pins kafka-python's thread and waits in vain, unless the

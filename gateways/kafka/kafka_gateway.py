@@ -62,9 +62,10 @@ class KafkaGateway:
         self._topics: TopicManager | None = None
 
     def archive_store(
-        self, topic: str | None, name: str, *, form: str = "JSON", timestamps: str = "iso"
+        self, topic: str | None, name: str, *, form: str = "JSON", timestamps: str = "iso", spooled: bool = False
     ) -> ArchiveStore:
-        """Make the store of archive group `name`, before `run`; `topic`: its own, None for the archive topic.
+        """Make the store of archive group `name`, before `run`; `topic`: its own, None for the archive topic;
+        `spooled`: the group has a spool.
 
         Raises:
           ConfigError: something is missing that the format needs.
@@ -81,7 +82,7 @@ class KafkaGateway:
             self._archive.on_refused = partial(self.dead_letters.refused, Stage.ARCHIVE)
         mapper = make_mapper(topic or self.options.archive_topic, form, timestamps)
         self._mappers.append(mapper)
-        store = KafkaArchiveStore(self._archive, mapper, self.dead_letters)
+        store = KafkaArchiveStore(self._archive, mapper, self.dead_letters, spooled=spooled)
         self._stores.append(store)
         return store
 

@@ -188,3 +188,9 @@ class MessageRecord(Record):
                 self.size += len(response_topic.encode())
         else:
             self.size = self.measure()
+
+
+class PatientRecord(MessageRecord):
+    """The same of a group with a spool."""
+
+    patient = True

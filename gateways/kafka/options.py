@@ -196,7 +196,8 @@ class KafkaOptions:
     """Bytes that the archive producer may hold before Kafka has confirmed them. Outcome as above."""
     delivery_timeout: float = attrs.field(default=60.0, validator=[ge(5), le(3600)])
     """Seconds that a record may stay unconfirmed before its producer is thrown away and it is sent by a new one. Where
-    its topic is missing or forbidden for so long although Kafka answers, it becomes a dead letter."""
+    its topic is missing or forbidden for so long although Kafka answers, it becomes a dead letter, unless a spool has
+    it or its publisher waits for it."""
 
     def __attrs_post_init__(self) -> None:
         ours, theirs = names_of(self.servers), names_of(self.bootstrap_servers)

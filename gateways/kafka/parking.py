@@ -43,14 +43,21 @@ class Parking:
 
     def hopeless(self, now: float) -> Iterator[tuple[Record, RecordRefusedError]]:
         """Take out the records of topics that whoever keeps topics could not bring about for `patience` seconds, with
-        what is wrong. While Kafka is away nobody can tell, and nothing is given up."""
+        what is wrong; `patient` ones stay. While Kafka is away nobody can tell, and nothing is given up."""
         if self._cluster.is_away:
             return
         for topic in list(self._queues):
             trouble = self._cluster.trouble(topic)
-            if trouble is not None and now - trouble.since > max(self.patience, SETTLED_AFTER):
-                error = RecordRefusedError(trouble.text, trouble.reason)
-                for record in self._queues.pop(topic):
+            if trouble is None or now - trouble.since <= max(self.patience, SETTLED_AFTER):
+                continue
+            queue = self._queues.pop(topic)
+            if patient := deque(record for record in queue if record.patient):
+                self._queues[topic] = patient
+            if len(patient) == len(queue):
+                continue
+            error = RecordRefusedError(trouble.text, trouble.reason)
+            for record in queue:
+                if not record.patient:
                     yield record, error
 
     def all(self) -> list[Record]:

@@ -77,6 +77,9 @@ class Record:
     """Its outcome was handed out; written by the Trio thread."""
     suspect = False
     """A batch with it was refused for the fault of one record: it is sent alone, to see whether it was this one."""
+    patient = False
+    """It is on disk as well, or its publisher waits: it is not given up for want of its topic, and stays in front of
+    what comes behind it."""
     watched = False
     """Whoever offered it looks for `settled` itself, in one of `ProducerBridge.collectors`: there is no `done`."""
 

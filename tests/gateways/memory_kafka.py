@@ -179,7 +179,7 @@ class Setup:
     order: list[bytes] = attrs.field(factory=list)
     changed: trio.Event = attrs.field(factory=trio.Event)
 
-    def offer(self, value: bytes, partition: int = 0, topic: str = "t") -> Record:
+    def offer(self, value: bytes, partition: int = 0, topic: str = "t", *, patient: bool = False) -> Record:
         def done(error: Exception | None) -> None:
             assert value not in self.outcomes, "an outcome came twice"
             self.outcomes[value] = error
@@ -187,6 +187,7 @@ class Setup:
             self.changed.set()
 
         record = Record(topic, partition, None, value, done=done)
+        record.patient = patient
         self.bridge.offer(record)
         return record
 

@@ -98,6 +98,29 @@ async def test_nothing_is_given_up_while_kafka_is_away(quick: None) -> None:
         assert isinstance(setup.outcomes[b"n"], RecordRefusedError)
 
 
+async def test_what_is_patient_waits_for_its_topic_in_order_and_alone(quick: None) -> None:
+    """Also behind an outage of all Kafka: what waits for a topic is no sign that Kafka is away."""
+    kafka = FakeKafka()
+    async with producing(kafka, timeout_ms=200) as setup:
+        cluster = setup.cluster
+        cluster.cannot("new", Reason.NO_TOPIC, "no")
+        kafka.away = 1
+        for number in range(10):
+            setup.offer(b"%d" % number, topic="new", patient=number % 2 == 0)
+        await told(cluster, lambda: cluster.is_away)
+        await told(cluster, lambda: not cluster.is_away)
+        await setup.until(5)
+        assert sorted(setup.outcomes) == [b"%d" % number for number in range(1, 10, 2)]
+        setup.offer(b"t")
+        await setup.until(6)
+        assert setup.outcomes[b"t"] is None
+        setup.offer(b"10", topic="new", patient=True)
+        cluster.know("new", TopicFacts(partitions=4))
+        setup.offer(b"11", topic="new", patient=True)
+        await setup.until(13)
+        assert [record.value for record in kafka.log] == [b"t", b"0", b"2", b"4", b"6", b"8", b"10", b"11"]
+
+
 async def test_a_topic_that_may_not_be_written_holds_nobody_up(quick: None, caplog: pytest.LogCaptureFixture) -> None:
     kafka = FakeKafka(batch=3)
     async with producing(kafka, timeout_ms=500) as setup:
