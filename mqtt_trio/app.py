@@ -130,7 +130,7 @@ class Node:
             services.cancel_scope.cancel()
 
     def _build(self) -> None:
-        """Make gateways and archive groups; the order of taps is groups first, then what gateways add."""
+        """Make gateways and archive groups."""
         self.gateways = build_gateways(self.loaded)
         if self.gateways or self.storage is not None:
             sys.setswitchinterval(SWITCH_INTERVAL)

@@ -22,6 +22,7 @@ from mqtt_trio.broker.message import Message as Message
 from mqtt_trio.broker.tap import Answer as Answer
 from mqtt_trio.broker.tap import FrameRun as FrameRun
 from mqtt_trio.broker.tap import Hold as Hold
+from mqtt_trio.broker.tap import Rank as Rank
 from mqtt_trio.broker.tap import Refused as Refused
 from mqtt_trio.broker.tap import Tap as Tap
 from mqtt_trio.broker.tap import TapRoute as TapRoute
@@ -107,7 +108,7 @@ class GatewayHost(Protocol):
     """16 random bytes of this process."""
 
     def add_tap(self, tap: Tap) -> None:
-        """Show every accepted publish to `tap`. Before `started()`."""
+        """Show every accepted publish to `tap`, in the order of `Rank`. Before `started()`."""
 
     def local_client(self, name: str) -> LocalClient:
         """Make a publisher; `name` stands in logs."""

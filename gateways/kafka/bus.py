@@ -32,7 +32,7 @@ from gateways.kafka.nodes import Nodes
 from gateways.kafka.records import ConsumedRecord, Reason
 from gateways.kafka.retained import Retained
 from mqtt_trio.errors import StartError
-from mqtt_trio.gateway import GatewayHost, Message, TapRoute, wait_for_room, wait_until_kept
+from mqtt_trio.gateway import GatewayHost, Message, Rank, TapRoute, wait_for_room, wait_until_kept
 
 log = logging.getLogger("gateways.kafka.bus")
 
@@ -53,6 +53,9 @@ CONFLICT_GRACE: Final = 3.0
 
 class Bus:
     """One node's end of the bus; a Tap. Trio thread only."""
+
+    rank = Rank.SHIPS
+    """What an archive group refuses must not be on its way to the subscribers of other nodes by then."""
 
     def __init__(
         self,

@@ -15,7 +15,7 @@ from mqtt_trio.archive.shipping import LINGER, Shipper
 from mqtt_trio.archive.spool import Spool
 from mqtt_trio.archive.store import ArchiveStore
 from mqtt_trio.broker.message import Message
-from mqtt_trio.broker.tap import Answer, FrameRun, Hold, Refused, TapRoute, frames_size
+from mqtt_trio.broker.tap import Answer, FrameRun, Hold, Rank, Refused, TapRoute, frames_size
 from mqtt_trio.errors import StoreError
 from mqtt_trio.protocol.codes import ReasonCode
 from mqtt_trio.protocol.topics import topic_matches
@@ -82,6 +82,7 @@ class ArchiveGroup:
         self.store = store
         self.shipper = Shipper(options.name, store, spool)
         self.dropped_qos0 = self.held = self.rejected = self.dropped = self.timed_out = 0
+        self.rank = Rank.REFUSES if options.outage_policy == "reject" else Rank.KEEPS
         self._host = host
         self._gated = options.ack == "store"
         self._turns_away = False

@@ -34,7 +34,7 @@ from mqtt_trio.broker.router import Router, SubscriptionOptions
 from mqtt_trio.broker.session import Session, qos_of
 from mqtt_trio.broker.shares import ShareGroup, Shares
 from mqtt_trio.broker.subscriptions import Subscriptions
-from mqtt_trio.broker.tap import FrameRun, Hold, Refused, Tap, TapRoute
+from mqtt_trio.broker.tap import FrameRun, Hold, Refused, Tap, TapRoute, rank_of
 from mqtt_trio.errors import LocalProtocolError
 from mqtt_trio.protocol.codes import PacketType, ReasonCode
 from mqtt_trio.protocol.packets import (
@@ -207,8 +207,9 @@ class Broker:
     # What taps and gateways call
 
     def add_tap(self, tap: Tap) -> None:
-        """Show every accepted publish to `tap` from now on."""
+        """Show every accepted publish to `tap` from now on, as its rank says behind others or before them."""
         self.taps.append(tap)
+        self.taps.sort(key=rank_of)
         self.rights_changed()
 
     def stop_publishers(self, owner: object) -> None:
@@ -307,9 +308,17 @@ class Broker:
     # What the fast lane calls
 
     def show_run(self, taps: Iterable[TapRoute], run: FrameRun) -> list[Hold | Refused] | None:
-        """Show a QoS 1 or 2 run to the taps; what they want, or None when it may be acknowledged at once."""
-        answers = [answer for tap in taps if (answer := tap.take_run(run)) is not None]
-        return answers or None
+        """Show a QoS 1 or 2 run to the taps, up to one that refuses; what they want, or None when it may be
+        acknowledged at once."""
+        answers: list[Hold | Refused] | None = None
+        for tap in taps:
+            answer = tap.take_run(run)
+            if answer is not None:
+                answers = answers or []
+                answers.append(answer)
+                if isinstance(answer, Refused):
+                    break
+        return answers
 
     def refused(self, session: Session, qos: int, packet_id: int, answers: Sequence[Hold | Refused]) -> bool:
         """Answer a publish that a tap refused; False when none did."""
@@ -375,7 +384,8 @@ class Broker:
     # Publishing from inside
 
     def publish(self, message: Message, now: float, *, tapped: bool) -> None:
-        """Deliver a message that no network client published (a Will, a gateway's). RETAIN is the caller's business."""
+        """Deliver a message that no network client published (a Will, a gateway's), whatever taps say: there is nobody
+        to be told. RETAIN is the caller's business."""
         audience = self.audience(message.topic_name, message.client_id, tapped=tapped)
         for tap in audience.taps:
             tap.take(message)

@@ -131,8 +131,14 @@ class Inbound:
 
     @staticmethod
     def show(taps: Sequence[TapRoute], message: Message) -> list[Hold | Refused]:
-        """Show a message to the taps; what they want before it is acknowledged."""
-        return [answer for tap in taps if (answer := tap.take(message)) is not None]
+        """Show a message to the taps, up to one that refuses; what they want before it is acknowledged."""
+        answers: list[Hold | Refused] = []
+        for tap in taps:
+            if (answer := tap.take(message)) is not None:
+                answers.append(answer)
+                if isinstance(answer, Refused):
+                    break
+        return answers
 
     def refused(self, session: Session, qos: int, packet_id: int, answers: Sequence[Hold | Refused]) -> bool:
         """Answer a publish that a tap refused; False when none did."""

@@ -3,10 +3,17 @@
 A tap is asked once for each Topic Name where its messages go (`Tap.route`); the answer is kept in the route caches,
 so it must depend on the Topic Name alone and be the same object for the same destination: runs of frames are cut
 where it changes. Everything here runs on the Trio thread, inside the hot stretch, and must not block.
+
+A message that a tap refuses reaches nobody: no subscriber of this node, and none of the taps that are asked behind the
+one that refuses. So taps are asked by `Rank`: what carries messages away comes last. A tap that was asked before keeps
+what it took: it may have a message that another one refused, and has it twice when its publisher sends it again. What
+is published inside the process (a Will, what a gateway brings) nobody can refuse: all are asked, and an answer changes
+nothing.
 """
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable
 from typing import Protocol, TypeAlias
 
@@ -99,6 +106,22 @@ def keeps(route: TapRoute) -> bool:
     """Whether a route has an attribute `keeps` that is true: it notes what it takes in the node's store, and answers
     with Holds that are `kept`. A QoS 2 message that comes again is not shown to it a second time."""
     return bool(getattr(route, "keeps", False))
+
+
+class Rank(enum.IntEnum):
+    """When a tap is asked: one with an attribute `rank`; the others are asked with `KEEPS`. Taps of one rank are asked
+    in the order in which they were added."""
+
+    REFUSES = 0
+    """It may turn messages away while others take them, and keeps to itself what it takes."""
+    KEEPS = 1
+    SHIPS = 2
+    """What it takes is out of reach at once: subscribers elsewhere get it."""
+
+
+def rank_of(tap: Tap) -> int:
+    """When a tap is asked."""
+    return int(getattr(tap, "rank", Rank.KEEPS))
 
 
 class Tap(Protocol):

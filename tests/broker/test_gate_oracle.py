@@ -1,6 +1,7 @@
 """A random play of everything that may say no to a publish: a store that fails, also after it has written, taps that
 hold and refuse, kills in between, with subscribers that are kept, that are not, and that share. What clients may rely
-on is looked at from outside: nothing acknowledged is lost, nothing at QoS 2 comes twice, order holds."""
+on is looked at from outside: nothing acknowledged is lost, nothing at QoS 2 comes twice, order holds, and nothing is
+shipped elsewhere that another tap refuses."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from mqtt_trio.broker.limits import Limits
 from mqtt_trio.broker.message import Message
 from mqtt_trio.broker.recovery import Recovery
 from mqtt_trio.broker.store import Batch, MemoryStore
-from mqtt_trio.broker.tap import Answer, FrameRun, Hold, Refused, TapRoute, read_run
+from mqtt_trio.broker.tap import Answer, FrameRun, Hold, Rank, Refused, TapRoute, read_run
 from mqtt_trio.protocol.codes import ProtocolVersion, ReasonCode
 from tests.lane_worlds import NoLane, RecordingLink, Setup, World
 from tests.wire import V5, V311, ack, publish, subscribe
@@ -35,6 +36,8 @@ class Gate:
         self.rng = rng
         self.holds: list[tuple[Hold, int]] = []
         self.refused = refused
+        self.taken: int | None = None
+        """The number that came last, unless it was refused."""
 
     def route(self, topic_name: str) -> TapRoute | None:
         return self if topic_name.startswith("held") else None
@@ -45,9 +48,11 @@ class Gate:
     def take(self, message: Message) -> Answer:
         if not message.qos:
             return None
+        self.taken = None
         if self.rng.random() < 0.03:
             self.refused.add(int(message.payload))
             return Refused(TAP_SAYS_NO)
+        self.taken = int(message.payload)
         hold = Hold()
         self.holds.append((hold, int(message.payload)))
         return hold
@@ -58,6 +63,32 @@ class Gate:
         hold, number = self.holds.pop(self.rng.randrange(len(self.holds)))
         (self.refused if refused else self.record).add(number)
         hold.release(TAP_SAYS_NO if refused else None)
+
+
+class Shipper:
+    """A tap that is there before the gate, asked behind it, and may refuse as well. What it took is gone elsewhere."""
+
+    rank = Rank.SHIPS
+
+    def __init__(self, gate: Gate, shipped: set[int]) -> None:
+        self.gate = gate
+        self.shipped = shipped
+
+    def route(self, topic_name: str) -> TapRoute | None:
+        return self
+
+    def take_run(self, run: FrameRun) -> Answer:
+        return self.take(read_run(run)[0])
+
+    def take(self, message: Message) -> Answer:
+        number = int(message.payload)
+        if message.topic_name.startswith("held"):
+            assert self.gate.taken == number, f"{number} is shipped although the gate refused it, or was not asked"
+        if self.gate.rng.random() < 0.02:
+            self.gate.refused.add(number)
+            return Refused(TAP_SAYS_NO)
+        self.shipped.add(number)
+        return None
 
 
 @attrs.define(eq=False)
@@ -91,6 +122,7 @@ class Play:
         self.lane = lane
         self.record: set[int] = set()
         self.refused_by_tap: set[int] = set()
+        self.shipped: set[int] = set()
         self.acked: dict[int, tuple[str, str, int]] = {}
         self.refused_by_store: set[int] = set()
         self.sent: dict[int, tuple[str, str, int]] = {}
@@ -119,6 +151,7 @@ class Play:
         self.world = World(self.lane, setup)
         self.world.store = self.store
         self.gate = Gate(self.record, self.refused_by_tap, self.rng)
+        self.world.broker.add_tap(Shipper(self.gate, self.shipped))
         self.world.broker.add_tap(self.gate)
         Recovery(self.world.broker, self.store.load(), 0.0).run()
         self.out = None
@@ -327,6 +360,7 @@ class Play:
             for number, (_, topic, _) in self.acked.items():
                 if own == "#" or topic != "x":
                     assert number in has, f"{name} has not {number}, which was acknowledged"
+            assert set(self.acked) <= self.shipped, "every tap has what was acknowledged"
             refused = self.refused_by_store - self.refused_by_tap
             assert not [n for _, n, _, qos in subscriber.got if qos == 2 and n in refused]
         everywhere = [number for d in self.subscribers if "share" in d.name for _, number, _, qos in d.got if qos == 2]
