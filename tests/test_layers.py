@@ -54,7 +54,7 @@ ONLY_IN = {
     "kafka": {
         "gateways/kafka/admin.py",
         "gateways/kafka/batches.py",
-        "gateways/kafka/group_consumer.py",
+        "gateways/kafka/member_consumer.py",
         "gateways/kafka/security.py",
         "gateways/kafka/workers.py",
     },

@@ -15,7 +15,7 @@ from attrs.validators import ge, in_, le, matches_re, optional
 
 from gateways.kafka.archived import FORMATS, ArchivedMessage, archived_message
 from gateways.kafka.cluster import Cluster
-from gateways.kafka.member import GroupConsumerLike, Member, Refusals, Taken
+from gateways.kafka.member import Member, MemberConsumerLike, Refusals, Taken
 from gateways.kafka.options import TOPIC_NAME, KafkaOptions
 from gateways.kafka.reading import Find, reader_of
 from gateways.kafka.records import ConsumedRecord
@@ -96,7 +96,7 @@ class ArchiveConsumer:
     """AVRO: returns the text of a schema by its id in a registry, called in the consumer's thread."""
     close_timeout: float = attrs.field(default=10.0, validator=[ge(0), le(3600)])
     """Seconds that leaving the block may take."""
-    open_consumer: Callable[[Member], GroupConsumerLike] | None = None
+    open_consumer: Callable[[Member], MemberConsumerLike] | None = None
     refusals: Refusals | None = None
     """These two are for tests."""
     client_id: str | None = attrs.field(default=None, validator=optional(matches_re(r"[ -~]{1,100}")))
@@ -149,7 +149,7 @@ class ArchiveConsumer:
         name = self.client_id or self.group
         topics = self.topics or [options.archive_topic]
         if open_consumer is None or refusals is None:
-            from gateways.kafka import check, group_consumer
+            from gateways.kafka import check, member_consumer
             from gateways.kafka.precheck import probe
             from gateways.kafka.workers import quiet_loggers
 
@@ -158,10 +158,10 @@ class ArchiveConsumer:
             cluster = Cluster(
                 options.server_names, probe(options), probe(options, log_in=False), probe(options, certain=True)
             )
-            refusals = group_consumer
+            refusals = member_consumer
 
-            def open_consumer(member: Member) -> GroupConsumerLike:
-                make = partial(group_consumer.GroupConsumer, options, name, self.group, topics, member)
+            def open_consumer(member: Member) -> MemberConsumerLike:
+                make = partial(member_consumer.MemberConsumer, options, name, self.group, topics, member)
                 return cluster.when_let_in(make)
 
         else:

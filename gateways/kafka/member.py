@@ -32,8 +32,8 @@ LOOK_INTERVAL: Final = 1.0
 """Seconds between two looks at whether Kafka is still there."""
 
 
-class GroupConsumerLike(Protocol):
-    """What the member needs of `group_consumer.GroupConsumer`."""
+class MemberConsumerLike(Protocol):
+    """What the member needs of `member_consumer.MemberConsumer`."""
 
     def missing(self) -> list[str]: ...
     def begin_at_end(self) -> None: ...
@@ -46,7 +46,7 @@ class GroupConsumerLike(Protocol):
 
 
 class Refusals(Protocol):
-    """Tells exceptions apart; `group_consumer` itself."""
+    """Tells exceptions apart; `member_consumer` itself."""
 
     def is_denial(self, error: BaseException) -> bool: ...
     def is_rejoin(self, error: BaseException) -> bool: ...
@@ -75,7 +75,7 @@ class Member:
     def __init__(
         self,
         name: str,
-        open_consumer: Callable[[Member], GroupConsumerLike],
+        open_consumer: Callable[[Member], MemberConsumerLike],
         refusals: Refusals,
         cluster: Cluster,
         *,
@@ -187,7 +187,7 @@ class Member:
     def run(self) -> None:
         """Serve until told to end, or until Kafka refuses what the member is for."""
         while not self._halt:
-            consumer: GroupConsumerLike | None = None
+            consumer: MemberConsumerLike | None = None
             try:
                 consumer = self._open_consumer(self)
                 if self._begin(consumer):
@@ -208,7 +208,7 @@ class Member:
                 self._lock.wait_for(lambda: self._halt, self._backoff)
             self._backoff = min(self._backoff * 2, LONGEST_BACKOFF)
 
-    def _begin(self, consumer: GroupConsumerLike) -> bool:
+    def _begin(self, consumer: MemberConsumerLike) -> bool:
         """Join the group; False: a topic is not there yet."""
         if missing := consumer.missing():
             if not self._said_missing:
@@ -230,7 +230,7 @@ class Member:
         else:
             self._cluster.away(self.name, reason or text)
 
-    def _serve(self, consumer: GroupConsumerLike) -> None:
+    def _serve(self, consumer: MemberConsumerLike) -> None:
         while not self._halt:
             self._store(consumer)
             if self._outstanding:
@@ -240,7 +240,7 @@ class Member:
                 self._hand_over(records)
             self._look_after(consumer)
 
-    def _attend(self, consumer: GroupConsumerLike) -> None:
+    def _attend(self, consumer: MemberConsumerLike) -> None:
         """Wait for reports while records are being processed, and remain a member."""
         with self._lock:
             wait = max(0.0, self._attend_at - time.monotonic())
@@ -271,7 +271,7 @@ class Member:
     def _is_due(self) -> bool:
         return self.stored_up_to < self._reports and time.monotonic() >= self._commit_at
 
-    def _store(self, consumer: GroupConsumerLike) -> None:
+    def _store(self, consumer: MemberConsumerLike) -> None:
         """Store what was processed, when it is time."""
         if not self._is_due():
             return
@@ -293,7 +293,7 @@ class Member:
         self.stored_up_to = reports
         self.on_stored()
 
-    def _store_last(self, consumer: GroupConsumerLike) -> None:
+    def _store_last(self, consumer: MemberConsumerLike) -> None:
         """Store what was processed before the group is left."""
         offsets, reports = self._take()
         limit = min(COMMIT_TIMEOUT, self._halt_by - time.monotonic()) if self._halt else COMMIT_TIMEOUT
@@ -307,7 +307,7 @@ class Member:
         self.stored_up_to = reports
         self.on_stored()
 
-    def _look_after(self, consumer: GroupConsumerLike) -> None:
+    def _look_after(self, consumer: MemberConsumerLike) -> None:
         if time.monotonic() < self._look_at:
             return
         self._look_at = time.monotonic() + LOOK_INTERVAL
@@ -316,7 +316,7 @@ class Member:
         else:
             self._look_for_kafka(consumer, None)
 
-    def _look_for_kafka(self, consumer: GroupConsumerLike, exc: Exception | None) -> None:
+    def _look_for_kafka(self, consumer: MemberConsumerLike, exc: Exception | None) -> None:
         """Something failed, or no connection stands, which is normal for a moment: ask the servers."""
         if (reason := self._cluster.probe()) is not None:
             self._cluster.away(self.name, reason)

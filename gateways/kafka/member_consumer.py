@@ -95,7 +95,7 @@ class Rebalances(AsyncConsumerRebalanceListener):  # type: ignore[misc]  # kafka
         self._listener.lost(pairs(lost))
 
 
-class GroupConsumer:
+class MemberConsumer:
     """One member of a group. One thread has it."""
 
     def __init__(
