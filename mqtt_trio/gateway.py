@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import enum
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Literal, Protocol
@@ -19,6 +19,9 @@ from mqtt_trio.archive.store import ArchiveStore as ArchiveStore
 from mqtt_trio.archive.store import Outcome as Outcome
 from mqtt_trio.broker.connections import Newcomer as Newcomer
 from mqtt_trio.broker.message import Message as Message
+from mqtt_trio.broker.router import Router as Router
+from mqtt_trio.broker.router import SubscriptionOptions as SubscriptionOptions
+from mqtt_trio.broker.spread import Spread as Spread
 from mqtt_trio.broker.tap import Answer as Answer
 from mqtt_trio.broker.tap import FrameRun as FrameRun
 from mqtt_trio.broker.tap import Hold as Hold
@@ -32,6 +35,8 @@ from mqtt_trio.protocol.codes import ProtocolVersion as ProtocolVersion
 from mqtt_trio.protocol.codes import ReasonCode as ReasonCode
 from mqtt_trio.protocol.packets import NO_PROPERTIES as NO_PROPERTIES
 from mqtt_trio.protocol.packets import MessageProperties as MessageProperties
+from mqtt_trio.protocol.topics import is_system_topic as is_system_topic
+from mqtt_trio.protocol.topics import split_shared as split_shared
 from mqtt_trio.protocol.topics import topic_matches as topic_matches
 from mqtt_trio.protocol.topics import validate_topic_filter as validate_topic_filter
 
@@ -44,19 +49,22 @@ class LocalClient(Protocol):
     waits for the store is bounded by `[Persistence] JournalBytes` and what one call brings.
     """
 
-    def publish(self, messages: Sequence[Message], *, tapped: bool = False) -> None:
+    def publish(self, messages: Iterable[Message], *, tapped: bool = False) -> None:
         """Deliver `messages` to the subscribers of this node. `tapped`: show them to the taps as well.
 
         RETAIN is handled as delivery to existing subscriptions demands; the retained store is not changed.
         """
 
-    def publish_runs(self, runs: Sequence[FrameRun]) -> None:
+    def publish_runs(self, runs: Iterable[FrameRun]) -> None:
         """Deliver runs of frames to the subscribers of this node, as if each run had just been received; no tap sees
         them. Frames that no broker of this version writes raise `RemoteProtocolError`; runs before them count."""
 
-    def publish_missed(self, messages: Sequence[Message]) -> None:
+    def publish_missed(self, messages: Iterable[Message]) -> None:
         """Deliver what was published elsewhere while this node was away: at QoS 1 and 2, to sessions that the store had
         when it started. Everybody else is not told old things as new ones."""
+
+    def publish_to_groups(self, messages: Iterable[Message], names: Collection[str]) -> None:
+        """Deliver to share groups of this node, by their whole names, and to nobody else; `Spread` is not asked."""
 
     def set_retained(self, message: Message) -> None:
         """Replace the retained message of its topic (an empty payload removes it); nobody is told."""
@@ -141,6 +149,18 @@ class GatewayHost(Protocol):
     def taken_elsewhere(self, newcomer: Newcomer, node: str) -> bool:
         """A client has connected to another node: end its connection here with Session taken over, and its session
         when it starts clean. False: nothing ended, and what is another user's never does."""
+
+    def spread_groups(self, spread: Spread) -> None:
+        """Ask `spread` from now on which messages are for the members of this node's share groups, and tell it of all
+        groups. One for the node."""
+
+    def take_waiting(self, name: str, *, ends: bool = False) -> list[Message]:
+        """Take what waits for a share group of which no member is connected, and what its members have not
+        acknowledged at QoS 1: it is in nobody's hands then, and gone from the store with its next commit, so note it
+        before that (`note`). `ends`: from inside `Spread.ended`, also what the store does not have yet."""
+
+    def reroute(self) -> None:
+        """Ask each tap anew where messages go: for some topics it is another place now."""
 
     def flush(self) -> None:
         """Send what is waiting in the outboxes of touched clients; call it after releasing Holds."""

@@ -11,6 +11,8 @@ from mqtt_trio.archive.spool import Spool, spool_path
 from mqtt_trio.broker.broker import Broker
 from mqtt_trio.broker.connections import Newcomer
 from mqtt_trio.broker.local import LocalPublisher
+from mqtt_trio.broker.message import Message
+from mqtt_trio.broker.spread import Spread
 from mqtt_trio.broker.tap import Tap
 
 
@@ -74,6 +76,18 @@ class Host:
         taken = self.broker.connections.taken_elsewhere(newcomer, node, trio.current_time())
         self.broker.flush()
         return taken
+
+    def spread_groups(self, spread: Spread) -> None:
+        """Ask `spread` which messages are for the members here."""
+        self.broker.shares.spread_over(spread)
+
+    def take_waiting(self, name: str, *, ends: bool = False) -> list[Message]:
+        """Take what waits for a share group without a connected member."""
+        return self.broker.shares.take_waiting(name, ends=ends)
+
+    def reroute(self) -> None:
+        """Ask each tap anew where messages go."""
+        self.broker.router.generation += 1
 
     def flush(self) -> None:
         """Send what waits in the outboxes of touched clients."""

@@ -25,6 +25,8 @@ from gateways.kafka.bus_positions import Positions
 from gateways.kafka.bus_records import Kind
 from gateways.kafka.bus_sender import LEAST_PART, PART_SLACK, BusSender
 from gateways.kafka.bus_settings import BusSettings, MakeConsumer, Producer, TopicSize
+from gateways.kafka.bus_shares import BusShares
+from gateways.kafka.bus_slots import Slot
 from gateways.kafka.bus_window import BusWindow
 from gateways.kafka.dead_letters import DeadLetters
 from gateways.kafka.node_facts import NodeFacts, encode_facts
@@ -108,7 +110,10 @@ class Bus:
         )
         self.retained.arm = self.sender.arm
         self.clients = BusClients(host, self.sender.tell, self.sender.arm)
-        self.inbox.clients = self.clients
+        self.shares = BusShares(host, local, self.outbox, self._slot, self.sender.tell, self.sender.arm)
+        self.inbox.clients, self.inbox.shares = self.clients, self.shares
+        self.nodes.changed = self.shares.node_changed
+        self.nodes.deaf = lambda: self.outbox.trouble() is not None
         self.sender.after_ship = self._ship_others
 
     # --- tap
@@ -117,6 +122,9 @@ class Bus:
         """Where messages of `topic_name` wait: $SYS is each node's own."""
         if topic_name.startswith("$SYS/") or topic_name == "$SYS":
             return None
+        return self.shares.route(topic_name, self._slot(topic_name))
+
+    def _slot(self, topic_name: str) -> Slot:
         return self.sender.slot(topic_name, self._facts(self.settings.topic))
 
     def _retain(self, message: Message) -> None:
@@ -130,6 +138,7 @@ class Bus:
 
     def _ship_others(self) -> None:
         self.clients.ship()
+        self.shares.ship()
         self.retained.ship()
 
     def _send_facts(self, kind: Kind, facts: NodeFacts, settled: Callable[[], None]) -> None:
@@ -174,6 +183,7 @@ class Bus:
             await nursery.start(self.outbox.run)
             self.host.add_tap(self)
             self.host.note(self.positions.marks)
+            self.host.note(self.shares.table.marks)
             await nursery.start(self._producer.run)
             await nursery.start(self._consumer.run)
             nursery.start_soon(self.sender.run)
@@ -198,8 +208,14 @@ class Bus:
         self.sender.begin(self._facts(self.settings.topic))
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.nodes.run)
+            nursery.start_soon(self._tell_groups)
             await self._consumer.caught_up.wait()
             self._begin_retaining()
+
+    async def _tell_groups(self) -> None:
+        await self.nodes.joined.wait()  # a node that has to give way tells nobody of its groups
+        self.shares.joined = True
+        self.shares.tell_all()
 
     def _begin_reading(self) -> None:
         if not self._began:
@@ -219,6 +235,7 @@ class Bus:
         received, at = 0, trio.current_time()
         while True:
             await trio.sleep(NOTE_INTERVAL)
+            self.shares.look_again()
             came, now = self.inbox.received - received, trio.current_time()
             if not came or (came < NOTE_RECORDS and now - at < IDLE_NOTE_INTERVAL):
                 continue
@@ -309,6 +326,7 @@ class Bus:
             "bus_nodes": len(self.nodes.known),
             **outbox.counters(),
             **self.clients.counters(),
+            **self.shares.counters(),
             **inbox.counters(),
             **self.retained.counters(),
             **{f"bus_producer_{name}": n for name, n in self._producer.counters().items() if name in OF_THREADS},

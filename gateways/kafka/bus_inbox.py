@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from typing import Final
 
+from gateways.kafka.bus_choices import Chosen
 from gateways.kafka.bus_clients import BusClients
 from gateways.kafka.bus_positions import MAX_WRITERS, Begun, Position, Positions, Writer
 from gateways.kafka.bus_records import (
@@ -21,6 +22,7 @@ from gateways.kafka.bus_records import (
     decode_header,
     decode_items,
 )
+from gateways.kafka.bus_shares import BusShares
 from gateways.kafka.dead_letters import DeadLetters
 from gateways.kafka.node_facts import decode_facts
 from gateways.kafka.nodes import Nodes
@@ -66,6 +68,8 @@ class BusInbox:
         """Records that failed on their way to the subscribers; counted by the bus."""
         self.clients: BusClients
         """Set before the first record."""
+        self.shares: BusShares
+        """The same."""
         self._instance_id = host.instance_id
         self._local = local
         self._nodes = nodes
@@ -144,30 +148,60 @@ class BusInbox:
         """A record of this very instance: what it says about others than messages has its place in the log now."""
         if header.kind is Kind.CLIENTS:
             self.clients.read_back(header.sequence, value[header.body_start :])
+        elif header.kind is Kind.GROUPS:
+            self.shares.read_back(header.sequence, value[header.body_start :], record.offset)
         elif header.kind is not Kind.BATCH:
             self._nodes.read_back(header.kind, record.partition, record.offset)
 
     def _handle(self, header: Header, value: bytes, record: ConsumedRecord, position: Position) -> None:
         if header.kind in ABOUT_NODES:
             self._nodes.heard(header, decode_facts(value, header.body_start), record.partition, record.offset)
+            self.shares.node_spoke(header)
+        elif header.kind is Kind.GROUPS:
+            self.shares.heard(header, value[header.body_start :], record.offset)
+            self._nodes.is_alive(header)
         elif header.kind is Kind.CLIENTS:
             self.clients.heard(header, value[header.body_start :])
         elif (items := self._items(header, value, record, position)) is not None:
-            self._deliver(items)
+            self.shares.begin(header)
+            try:
+                self._deliver(header, items)
+            finally:
+                self.shares.end()
 
     def _handle_backlog(self, header: Header, value: bytes, record: ConsumedRecord, position: Position) -> None:
         """What was written while this node was away: about nodes it is outdated, clients have moved for good, and
         messages are for sessions that were here."""
-        if header.kind in ABOUT_NODES:
+        if header.kind in ABOUT_NODES or header.kind is Kind.GROUPS:
             return
         if header.kind is Kind.CLIENTS:
             self.clients.heard(header, value[header.body_start :], after=self._positions.noted_at)
         elif (items := self._items(header, value, record, position)) is not None:
-            messages = [item if isinstance(item, Message) else read_run(item)[0] for item in items if item.qos]
-            self.backlog += len(messages)
-            self._local.publish_missed(messages)
+            self.shares.begin(header, missed=True)
+            try:
+                self._deliver_missed(header, items)
+            finally:
+                self.shares.end()
 
-    def _items(self, header: Header, value: bytes, record: ConsumedRecord, position: Position) -> list[Decoded] | None:
+    def _deliver_missed(self, header: Header, items: list[Decoded | Chosen]) -> None:
+        messages: list[Message] = []
+        for item in items:
+            if not item.qos:
+                continue
+            if isinstance(item, Chosen):
+                self._local.publish_missed(messages)
+                messages = []
+                self.backlog += len(item.items)
+                self.shares.deliver(header, [item], missed=True)
+                self.shares.begin(header, missed=True)
+                continue
+            self.backlog += 1
+            messages.append(item if isinstance(item, Message) else read_run(item)[0])
+        self._local.publish_missed(messages)
+
+    def _items(
+        self, header: Header, value: bytes, record: ConsumedRecord, position: Position
+    ) -> list[Decoded | Chosen] | None:
         """The messages of a batch; None until all parts of it are there."""
         if header.kind is not Kind.BATCH:
             raise BusRecordError(f"a record of kind {header.kind.name}, which is not for this topic")
@@ -206,7 +240,7 @@ class BusInbox:
             self._begun_size -= begun.size
         return begun
 
-    def _deliver(self, items: list[Decoded]) -> None:
+    def _deliver(self, header: Header, items: list[Decoded | Chosen]) -> None:
         """Hand runs and messages on in their order, as few calls as that allows: each call flushes."""
         start, end = 0, len(items)
         while start < end:
@@ -224,6 +258,18 @@ class BusInbox:
             if messages:
                 self.messages += len(messages)
                 self._local.publish(messages)
+            if start < end and isinstance(items[start], Chosen):
+                start = self._deliver_chosen(header, items, start)
+
+    def _deliver_chosen(self, header: Header, items: list[Decoded | Chosen], start: int) -> int:
+        chosen: list[Chosen] = []
+        while start < len(items) and isinstance(item := items[start], Chosen):
+            chosen.append(item)
+            self.messages += sum(each.count if isinstance(each, FrameRun) else 1 for each in item.items)
+            start += 1
+        self.shares.deliver(header, chosen)
+        self.shares.begin(header)  # nobody was chosen for what comes behind
+        return start
 
     def counters(self) -> dict[str, int]:
         """Counters by name."""

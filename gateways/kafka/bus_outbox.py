@@ -23,6 +23,7 @@ from typing import Final
 import attrs
 import trio
 
+from gateways.kafka.bus_records import RUN_OVERHEAD, Item
 from gateways.kafka.bus_settings import BusSettings
 from gateways.kafka.bus_window import BusWindow
 from gateways.kafka.records import Record
@@ -85,6 +86,7 @@ class BusOutbox:
       gated: acknowledgements wait for their record.
       notes: records are noted in the session store before they leave.
       turns_away: Kafka is away, and messages at QoS 1 and 2 are not taken.
+      away: Kafka is away.
       spooling: records go over the spool at present.
     """
 
@@ -98,10 +100,12 @@ class BusOutbox:
     ) -> None:
         self.gated = settings.ack == "store"
         self.notes = self.gated and host.marks is not None
-        self.turns_away = self.spooling = False
+        self.turns_away = self.away = self.spooling = False
         self.partitions = settings.partitions
         self.pack_all: Callable[[], list[Outgoing]]
         """Makes records of what waits in the slots."""
+        self.pack_handed: Callable[[dict[int, list[Item]]], list[Outgoing]]
+        """Makes records of what is passed on, by partition."""
         self.trouble: Callable[[], str | None] = lambda: None
         """Says why Kafka takes nothing at present."""
         self.rejected = self.turned_away = self.spooled = self.resumed = self.lost = 0
@@ -115,6 +119,7 @@ class BusOutbox:
         self._offer = offer
         self._window = window
         self._open = self._running = False
+        self._handed: dict[int, list[Item]] = {}
         self._early: deque[Outgoing] = deque()  # taken before anything may leave
         self._flights: dict[Outgoing, None] = {}  # offered and not over, in their order
         self._queue: deque[Outgoing] = deque()  # on their way into the spool
@@ -138,6 +143,26 @@ class BusOutbox:
         self.turned_away += 1
         return None
 
+    def hand_over(self, partition: int, item: bytes) -> None:
+        """Take a message at QoS 1 or 2 that is passed on: where the node has a store it is noted in the batch that is
+        being filled, whatever `Ack` says, because there it is taken out of a queue or behind a position."""
+        self._window.add(1, RUN_OVERHEAD + len(item))
+        self._handed.setdefault(partition, []).append(item)
+
+    def ship_handed(self) -> None:
+        """Send what is passed on."""
+        if not self._handed:
+            return
+        if self._host.marks is not None:
+            self._host.commit()  # which asks for it: it leaves behind that
+        elif self._open or self.spooling:
+            for outgoing in self._pack_handed():
+                self.dispatch(outgoing)
+
+    def _pack_handed(self) -> list[Outgoing]:
+        handed, self._handed = self._handed, {}
+        return self.pack_handed(handed) if handed else []
+
     def dispatch(self, outgoing: Outgoing) -> None:
         """Send a record, behind all before it."""
         if self.spooling:
@@ -153,7 +178,10 @@ class BusOutbox:
     def marks(self) -> dict[str, bytes | None]:
         """Return what is new, for the store (`GatewayHost.note`): records of what waits, and which are over."""
         changed, self._notes_gone = self._notes_gone, {}
-        if self.notes and (packed := self.pack_all()):
+        packed = self._pack_handed()
+        if self.notes:
+            packed += self.pack_all()
+        if packed:
             for outgoing in packed:
                 self._last_note += 1
                 outgoing.number = self._last_note
@@ -230,7 +258,7 @@ class BusOutbox:
         """Kafka went away or came back, or somebody thinks so."""
         if not self._running:
             return
-        away = self.trouble() is not None
+        away = self.away = self.trouble() is not None
         self.turns_away = away and self._settings.on_outage in ("reject", "drop")
         if self.spool is not None:
             if away:
@@ -392,7 +420,7 @@ class BusOutbox:
     @property
     def is_safe(self) -> bool:
         """The process may end: Kafka has everything that was taken, or, while it is away, the disk."""
-        if self._uncommitted or self._queue or self._written or self._early:
+        if self._uncommitted or self._queue or self._written or self._early or self._handed:
             return False
         kept = all(outgoing.number or outgoing.spool_end is not None for outgoing in self._flights)
         return not self._flights or (self.trouble() is not None and kept)

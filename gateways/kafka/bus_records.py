@@ -6,9 +6,10 @@ A record is a header and a body, big endian throughout::
     node id length u16 | node id | body
 
 The body of a `Kind.BATCH` is a list of items: runs of PUBLISH packets as their publisher sent them, and single
-messages in fields of their own. The bodies of the other kinds are in `node_facts` and `bus_clients`. A body that is
-larger than one Kafka record may be is cut into parts with sequences side by side: all but the last have `Flag.MORE`,
-all but the first `Flag.CONTINUED`.
+messages in fields of their own, with choices in front of them (`bus_choices`) where share groups are to get them. The
+bodies of the other kinds are in `node_facts`, `bus_clients` and `bus_choices`. A body that is larger than one Kafka
+record may be is cut into parts with sequences side by side: all but the last have `Flag.MORE`, all but the first
+`Flag.CONTINUED`.
 
 Decoding checks everything that a receiver relies on, because anybody may write to a Kafka topic; the packets inside a
 run at QoS 0 are left to `LocalClient.publish_runs`, which reads them anyway.
@@ -23,11 +24,11 @@ from typing import Final, TypeAlias
 
 import attrs
 
-from mqtt_trio.errors import MqttTrioError
+from gateways.kafka.bus_choices import TAG_CHOICES, Chosen, behind_choices, decode_choices
+from gateways.kafka.bus_errors import FORMAT_VERSION as FORMAT_VERSION
+from gateways.kafka.bus_errors import BusRecordError as BusRecordError
+from gateways.kafka.bus_errors import UnknownVersionError as UnknownVersionError
 from mqtt_trio.gateway import NO_PROPERTIES, FrameRun, Message, MessageProperties, ProtocolVersion
-
-FORMAT_VERSION: Final = 1
-"""Goes up with every change that an older node would misread."""
 
 HEADER: Final = struct.Struct(">BBB16sQHH")
 FLAGS_AT: Final = 2
@@ -69,18 +70,6 @@ QOS_BITS: Final = 0x03
 RETAIN_BIT: Final = 0x04
 
 
-class BusRecordError(MqttTrioError):
-    """These bytes are no bus record that this node can read."""
-
-
-class UnknownVersionError(BusRecordError):
-    """A node of another format version wrote this; `version` is what it says."""
-
-    def __init__(self, version: int) -> None:
-        super().__init__(f"bus record of format version {version}, this node reads {FORMAT_VERSION}")
-        self.version = version
-
-
 class Kind(enum.IntEnum):
     BATCH = 0
     HELLO = 1
@@ -95,6 +84,8 @@ class Kind(enum.IntEnum):
     """In mqtt.retained: over how many partitions topics are spread."""
     CLIENTS = 6
     """Clients have connected to a node (`bus_clients`)."""
+    GROUPS = 7
+    """Of which share groups a node has members (`bus_choices`)."""
 
 
 ABOUT_NODES: Final = frozenset((Kind.HELLO, Kind.ANNOUNCE, Kind.ALIVE, Kind.GOODBYE))
@@ -112,7 +103,7 @@ PARTS: Final = Flag.MORE | Flag.CONTINUED
 
 
 Item: TypeAlias = FrameRun | bytes
-"""What waits for `encode_batch`: a run, or a message out of `encode_message`."""
+"""What waits for `encode_items`: a run, or what `encode_message` or `encode_run` made, with or without a choice."""
 Decoded: TypeAlias = FrameRun | Message
 
 
@@ -238,6 +229,19 @@ def encode_items(items: Iterable[Item], head: bytes = b"") -> bytes:
     return b"".join(parts)
 
 
+def encode_run(run: FrameRun) -> bytes:
+    """Pack one run by itself."""
+    return _run_head(run, run.client_id.encode(), run.count, len(run.frames)) + run.frames
+
+
+def messages_of(item: Item) -> int:
+    """How many messages an item holds."""
+    if isinstance(item, FrameRun):
+        return item.count
+    start = behind_choices(item)
+    return RUN_HEAD.unpack_from(item, start)[5] if item[start] == TAG_RUN else 1
+
+
 def _run_head(run: FrameRun, client: bytes, count: int, size: int) -> bytes:
     version = 5 if run.protocol_version == 5 else 4  # 3.1 and 3.1.1 write the same PUBLISH
     return RUN_HEAD.pack(TAG_RUN, version, run.qos, len(client), run.published_at, count, size) + client
@@ -289,23 +293,28 @@ def read_name(raw: bytes) -> str:
     raise BusRecordError("a name that is too long, or with characters that cannot be shown")
 
 
-def decode_items(body: bytes, start: int = 0) -> list[Decoded]:
+def decode_items(body: bytes, start: int = 0) -> list[Decoded | Chosen]:
     """Read the body of a batch from `start` to its end, in order.
 
     Raises:
       BusRecordError: something in it cannot be; nothing of it is to be delivered then.
     """
-    items: list[Decoded] = []
+    items: list[Decoded | Chosen] = []
     end = len(body)
     room = MAX_PACKETS if end - start > SMALL_BODY else None
     try:
         while start < end:
+            into = items
+            if body[start] == TAG_CHOICES:
+                chosen, start = decode_choices(body, start)
+                items.append(chosen)
+                into = chosen.items  # type: ignore[assignment]  # a list of fewer types, which is filled with these
             if room is not None:
                 room -= _packets(body, start, room)
             if body[start] == TAG_RUN:
-                start = _decode_run(body, start, items)
+                start = _decode_run(body, start, into)
             elif body[start] == TAG_MESSAGE:
-                start = _decode_message(body, start, items)
+                start = _decode_message(body, start, into)
             else:
                 raise BusRecordError(f"an item of unknown type {body[start]}")
     except struct.error:
@@ -315,7 +324,7 @@ def decode_items(body: bytes, start: int = 0) -> list[Decoded]:
     return items
 
 
-def _decode_run(body: bytes, start: int, items: list[Decoded]) -> int:
+def _decode_run(body: bytes, start: int, items: list[Decoded | Chosen]) -> int:
     _, version, qos, client_size, published_at, count, size = RUN_HEAD.unpack_from(body, start)
     name = start + RUN_HEAD.size
     first = name + client_size
@@ -386,7 +395,7 @@ def split_frames(frames: bytes, most: int = MAX_PACKETS) -> list[bytes]:
     return pieces
 
 
-def _decode_message(body: bytes, start: int, items: list[Decoded]) -> int:
+def _decode_message(body: bytes, start: int, items: list[Decoded | Chosen]) -> int:
     _, flags, present, published_at, topic_size, client_size, payload_size = MESSAGE_HEAD.unpack_from(body, start)
     topic_at = start + MESSAGE_HEAD.size
     client_at = topic_at + topic_size

@@ -17,9 +17,9 @@ import trio
 
 from gateways.kafka import bus_records
 from gateways.kafka.bus_outbox import BusOutbox, Outgoing
-from gateways.kafka.bus_records import BusRecordError, Flag, Kind, encode_message
+from gateways.kafka.bus_records import RUN_OVERHEAD, BusRecordError, Flag, Item, Kind, encode_message
 from gateways.kafka.bus_settings import BusSettings, TopicSize
-from gateways.kafka.bus_slots import RECORD_SIZE, SURE, Chunk, Slot
+from gateways.kafka.bus_slots import HANDED, RECORD_SIZE, SURE, Chunk, Slot, cut
 from gateways.kafka.bus_window import BusWindow
 from gateways.kafka.dead_letters import DeadLetters
 from gateways.kafka.dlq import Stage
@@ -61,6 +61,7 @@ class BusSender:
         self.window = window
         self.outbox = outbox
         outbox.pack_all = self._pack_sure
+        outbox.pack_handed = self._pack_handed
         self.partitions = settings.partitions
         self.armed = False
         self.ending = False
@@ -169,6 +170,16 @@ class BusSender:
                 values = self._values(chunk, slot.number | SURE)
                 packed += [Outgoing(slot.number, value, 0, 0) for value in values[:-1]]
                 packed.append(Outgoing(slot.number, values[-1], chunk.messages, chunk.size, chunk.holds))
+        return packed
+
+    def _pack_handed(self, handed: dict[int, list[Item]]) -> list[Outgoing]:
+        packed: list[Outgoing] = []
+        for number, items in handed.items():
+            size = sum(RUN_OVERHEAD + len(item) for item in items if isinstance(item, bytes))
+            for chunk in cut(items, [], len(items), size):
+                values = self._values(chunk, number | SURE | HANDED)
+                packed += [Outgoing(number, value, 0, 0) for value in values[:-1]]
+                packed.append(Outgoing(number, values[-1], chunk.messages, chunk.size))
         return packed
 
     def _values(self, chunk: Chunk, stream: int) -> list[bytes]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 import attrs
 
-from gateways.kafka.bus_records import RUN_OVERHEAD, Item
+from gateways.kafka.bus_records import RUN_OVERHEAD, Item, messages_of
 from mqtt_trio.gateway import Answer, FrameRun, Hold, Message
 
 if TYPE_CHECKING:
@@ -20,6 +20,8 @@ RECORD_SIZE: Final = 128 * 1024
 """Bytes at which a slot leaves without waiting for the linger."""
 SURE: Final = 0x8000
 """Bit of the streams of QoS 1 and 2."""
+HANDED: Final = 0x4000
+"""Bit of those of them that are passed on, for share groups alone."""
 
 
 @attrs.define
@@ -70,10 +72,12 @@ class Slot:
 
     def take(self, message: Message) -> Answer:
         """Take one message from the full path."""
-        sender, window = self._sender, self._window
-        item = sender.encoded(message)
-        if item is None:
-            return None
+        item = self._sender.encoded(message)
+        return None if item is None else self.put(message, item)
+
+    def put(self, message: Message, item: bytes) -> Answer:
+        """Take one message as `item` has it."""
+        sender = self._sender
         size = len(item) + RUN_OVERHEAD
         if message.qos:
             answer = self.sure.take(item, size)
@@ -82,17 +86,33 @@ class Slot:
             return answer
         if message.retain:
             sender.retain(message)
+        return self.take_packed(item, 1, 0)
+
+    def take_packed(self, item: bytes, count: int, qos: int) -> Answer:
+        """Take an item of so many messages; one at QoS 1 and 2."""
+        window = self._window
+        size = len(item) + RUN_OVERHEAD
+        if qos:
+            return self.sure.take(item, size)
         if window.full:
-            return window.beyond(0, 1, size)
-        window.add(1, size)
+            return window.beyond(0, count, size)
+        window.add(count, size)
         self.items.append(item)
-        self.messages += 1
+        self.messages += count
         self.size += size
         if self.size >= RECORD_SIZE:
-            sender.ship(self)
-        elif not sender.armed:
-            sender.arm()
+            self._sender.ship(self)
+        elif not self._sender.armed:
+            self._sender.arm()
         return None
+
+    def will_take(self, qos: int) -> bool:
+        """Say whether other nodes may get a message of this QoS that comes now."""
+        return not self._sender.outbox.turns_away if qos else not self._window.full
+
+    def encoded(self, message: Message) -> bytes | None:
+        """Pack a message; None, counted, when no record can hold it."""
+        return self._sender.encoded(message)
 
     def empty(self) -> list[Chunk]:
         """Give away what waits at QoS 0."""
@@ -158,7 +178,6 @@ def cut(items: list[Item], holds: list[Hold], messages: int, size: int) -> list[
         chunk.items.append(item)
         if holds:
             chunk.holds.append(holds[number])
-        run = item if isinstance(item, FrameRun) else None
-        chunk.messages += run.count if run else 1
-        chunk.size += RUN_OVERHEAD + len(run.frames if run else item)  # type: ignore[arg-type]  # bytes if no run
+        chunk.messages += messages_of(item)
+        chunk.size += RUN_OVERHEAD + len(item.frames if isinstance(item, FrameRun) else item)
     return chunks

@@ -54,6 +54,12 @@ _BUS: Final = {
     "clients_announced": "Clients whose connection was told to the other nodes.",
     "clients_taken_over": "Clients and sessions that ended because their client is on another node now.",
     "clients_forgotten": "Clients that were not told to the other nodes because too many waited for that.",
+    "groups": "Gauge: share groups of the cluster that this node knows.",
+    "groups_left_out": "Times that a share group had no room in the table of the cluster.",
+    "groups_undecided": "Gauge: messages that wait for this node's own word about a share group to come back.",
+    "groups_decided_early": "Messages that were served without waiting for that, because too many waited.",
+    "groups_passed_on": "Messages that went on to members of a share group on another node.",
+    "groups_homeless": "Messages for which a share group had no members anywhere any more.",
     "bodies_lost": "Bodies over several records that gave way to others, because too many had begun.",
     "records_undelivered": "Records that could not be delivered by an error of this node.",
 }

@@ -31,6 +31,9 @@ SILENCE: Final = 4
 MAX_NODES: Final = 4096
 """Nodes that are remembered. Outcome: the one that was silent for longest is forgotten."""
 
+UNTOLD: Final = NodeFacts("", 0, 0.0)
+"""Facts of a node that has not told any."""
+
 Send = Callable[[Kind, NodeFacts, Callable[[], None]], None]
 """Writes a record about this node; the callback is called when its outcome is known."""
 
@@ -61,6 +64,10 @@ class Nodes:
         self.conflict = trio.Event()
         self.conflict_text = ""
         self.known: dict[bytes, KnownNode] = {}
+        self.changed: Callable[[str, bytes, bool], None] = lambda node_id, instance_id, live: None
+        """Told of each instance that is live, or is so no more."""
+        self.deaf: Callable[[], bool] = lambda: False
+        """Kafka is away: that nobody is heard then says nothing about them."""
         self._send = send
         self._hello_read = trio.Event()
         self._unsettled = 0
@@ -107,7 +114,7 @@ class Nodes:
     def heard(self, header: Header, facts: NodeFacts, partition: int, offset: int) -> None:
         """Another instance wrote a record about itself; it lies at `offset` of `partition`."""
         if header.kind is Kind.GOODBYE:
-            if (node := self.known.pop(header.instance_id, None)) is not None:
+            if (node := self._pop(header.instance_id)) is not None:
                 log.info("node %s (%s, pid %d) left the bus", node.node_id, node.facts.host, node.facts.pid)
             return
         if header.kind is not Kind.HELLO:  # a HELLO may be refused yet
@@ -115,13 +122,26 @@ class Nodes:
         if header.node_id == self.node_id:
             self._same_id(header, facts, partition, offset)
 
+    def is_alive(self, header: Header) -> None:
+        """Another instance wrote something that only a live node writes, perhaps before this one heard its facts."""
+        known = self.known.get(header.instance_id)
+        self._remember(header, known.facts if known is not None else UNTOLD)
+
     def _remember(self, header: Header, facts: NodeFacts) -> None:
         known = self.known.pop(header.instance_id, None)
-        if known is None:
+        if facts is not UNTOLD and (known is None or known.facts is UNTOLD):
             log.info("node %s (%s, pid %d) is on the bus", header.node_id, facts.host, facts.pid)
-            if len(self.known) >= MAX_NODES:
-                del self.known[next(iter(self.known))]
+        if known is None and len(self.known) >= MAX_NODES:
+            self._pop(next(iter(self.known)))
         self.known[header.instance_id] = KnownNode(header.node_id, facts, trio.current_time())
+        if known is None:
+            self.changed(header.node_id, header.instance_id, True)
+
+    def _pop(self, instance_id: bytes) -> KnownNode | None:
+        node = self.known.pop(instance_id, None)
+        if node is not None:
+            self.changed(node.node_id, instance_id, False)
+        return node
 
     def _same_id(self, header: Header, facts: NodeFacts, partition: int, offset: int) -> None:
         own = self.facts
@@ -160,10 +180,14 @@ class Nodes:
         self.conflict.set()
 
     def _forget_silent(self) -> None:
-        limit = trio.current_time() - SILENCE * ANNOUNCE_INTERVAL
+        now = trio.current_time()
+        if self.deaf():
+            for node in self.known.values():
+                node.seen_at = now
+        limit = now - SILENCE * ANNOUNCE_INTERVAL
         for instance_id, node in list(self.known.items()):
             if node.seen_at < limit:
-                del self.known[instance_id]
+                self._pop(instance_id)
                 log.warning("node %s (%s, pid %d) is silent", node.node_id, node.facts.host, node.facts.pid)
 
 

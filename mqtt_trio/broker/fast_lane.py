@@ -207,10 +207,10 @@ class FastLane:
                 self._offer(translated, outbox, now)
         if audience.singly or audience.taps or audience.groups:
             run = FrameRun(frames, count, 0, self.version, self.session.client_id, now + broker.wall_offset)
+            for tap in audience.taps:  # first: one of them may know on which node a group gets it
+                tap.take_run(run)
             if audience.singly or audience.groups:
                 broker.sender.deliver_singly(run, audience.singly, audience.groups, now)
-            for tap in audience.taps:
-                tap.take_run(run)
 
     def _offer(self, frames: Iterable[bytes], outbox: Outbox, now: float) -> None:
         """Offer QoS 0 frames one by one: what does not fit is dropped whole, and counted."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable
 from typing import Final
 
 from mqtt_trio.broker.broker import Broker
@@ -46,7 +46,7 @@ class LocalPublisher:
         session = outbox.session = Session("")
         return FastLane(self.broker, session, outbox)
 
-    def publish(self, messages: Sequence[Message], *, tapped: bool = False) -> None:
+    def publish(self, messages: Iterable[Message], *, tapped: bool = False) -> None:
         """Deliver `messages` to the subscribers of this node."""
         now = self.clock()
         for message in messages:
@@ -54,7 +54,7 @@ class LocalPublisher:
             self.broker.publish(message, now, tapped=tapped)
         self.broker.flush()
 
-    def publish_runs(self, runs: Sequence[FrameRun]) -> None:
+    def publish_runs(self, runs: Iterable[FrameRun]) -> None:
         """Deliver runs of frames; no tap sees them."""
         now = self.clock()
         try:
@@ -87,7 +87,7 @@ class LocalPublisher:
         lane.outbox.touched.clear()
         lane.outbox.room = lane.outbox.limit
 
-    def publish_missed(self, messages: Sequence[Message]) -> None:
+    def publish_missed(self, messages: Iterable[Message]) -> None:
         """Deliver what was published elsewhere while this node was away."""
         broker, now = self.broker, self.clock()
         resumed = broker.journal.resumed
@@ -106,6 +106,17 @@ class LocalPublisher:
             for group in audience.groups:
                 if 0 < group.number <= resumed:
                     broker.sender.share(group, message, encodings, now)
+        broker.flush()
+
+    def publish_to_groups(self, messages: Iterable[Message], names: Collection[str]) -> None:
+        """Deliver to share groups of this node, and to nobody else."""
+        broker, now = self.broker, self.clock()
+        for message in messages:
+            broker.metrics.messages_local += 1
+            encodings: Encodings = {}
+            for name in names:
+                if (group := broker.shares.groups.get(name)) is not None:
+                    broker.shares.hand_out(group, message, encodings, now)
         broker.flush()
 
     def set_retained(self, message: Message) -> None:

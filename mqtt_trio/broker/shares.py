@@ -10,6 +10,9 @@ PASSED_OVER messages that are not for it.
 What a member has been sent at QoS 1 and not acknowledged goes back to the front of the queue when its connection ends
 while another member is there, or when its session ends. At QoS 2 a delivery that has begun stays with its member:
 completed when it returns [MQTT5-4.8.2-4], given up with its session [MQTT5-4.8.2-5].
+
+Where a gateway joins nodes, a group may have members on several of them: a `Spread` knows on which one a message is to
+be delivered, and takes what waits where no member is connected to a node that has some [K23].
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from mqtt_trio.broker.message import Message
 from mqtt_trio.broker.queues import MessageQueue
 from mqtt_trio.broker.router import SubscriptionOptions
 from mqtt_trio.broker.session import Delivery, Session
+from mqtt_trio.broker.spread import Spread
 from mqtt_trio.protocol.topics import split_shared
 from mqtt_trio.protocol.wire import MAXIMUM_POSSIBLE_PACKET_SIZE
 
@@ -74,6 +78,8 @@ class Shares:
     def __init__(self, broker: Broker) -> None:
         self.broker = broker
         self.groups: dict[str, ShareGroup] = {}
+        self.spread: Spread | None = None
+        """What knows of members on other nodes."""
 
     # Members
 
@@ -90,6 +96,7 @@ class Shares:
             self.broker.metrics.shared_subscriptions += 1
         group.members[session] = options
         self.broker.keeper.joined(group, session)
+        self._changed(group)
 
     def leave(self, session: Session, name: str) -> None:
         """End a membership; the group ends with its last member. What the member was sent stays with it."""
@@ -105,7 +112,10 @@ class Shares:
         metrics = self.broker.metrics
         metrics.shared_subscriptions -= 1
         if group.members:
+            self._changed(group)
             return
+        if self.spread is not None:
+            self.spread.ended(name)
         del self.groups[name]
         self.broker.router.unsubscribe(group.topic_filter, group)
         group.forget_routes()
@@ -129,6 +139,7 @@ class Shares:
             group.owing.pop(session, None)
             for member in list(group.owing):
                 self._give_back(member, group)
+            self._changed(group)
         self.broker.sender.pump(session, now)
 
     def left(self, session: Session, now: float) -> None:
@@ -140,6 +151,7 @@ class Shares:
             if group.turns:
                 self._give_back(session, group)
                 self._serve(group, now)
+            self._changed(group)
 
     def ended(self, session: Session, now: float) -> None:
         """A session is at its end: others get what it has not acknowledged, here or not."""
@@ -177,10 +189,46 @@ class Shares:
             group.turns.rotate(-1)
             self.broker.sender.pump(session, now)
 
+    # Groups that span nodes
+
+    def spread_over(self, spread: Spread) -> None:
+        """Ask `spread` from now on whether a message is for the members here, and tell it who is here."""
+        self.spread = spread
+        for group in self.groups.values():
+            self._changed(group)
+
+    def _changed(self, group: ShareGroup) -> None:
+        if self.spread is not None:
+            ready = len(group.turns)
+            waits = not ready and any(options.qos for options in group.members.values())
+            self.spread.changed(group.name, ready, waits=waits, kept=group.number != 0)
+
+    def take_waiting(self, name: str, *, ends: bool = False) -> list[Message]:
+        """Give away what waits for a group of which no member is connected, in order: the caller has members elsewhere
+        get it, and notes that in the batch of the store that is being filled. What may still be taken back from its
+        publisher stays for now, unless the group `ends`."""
+        group, journal = self.groups.get(name), self.broker.journal
+        if group is None or (group.turns and not ends) or (journal.failing is not None and not ends):
+            return []
+        for member in list(group.owing):
+            self._give_back(member, group)
+        taken: list[Message] = []
+        while group.queue and (ends or 0 <= group.queue[0].number <= journal.safe):
+            delivery = self._taken(group.queue, 0)
+            if delivery.number:
+                journal.done(delivery.number)
+            taken.append(delivery.message)
+        return taken
+
     # Messages
 
     def deliver(self, group: ShareGroup, message: Message, encodings: Encodings, now: float) -> None:
-        """Send a message to the member whose turn it is, or have it wait."""
+        """Send a message to the member whose turn it is, or have it wait; unless it is for a member elsewhere."""
+        if self.spread is None or self.spread.serves(group.name, message):
+            self.hand_out(group, message, encodings, now)
+
+    def hand_out(self, group: ShareGroup, message: Message, encodings: Encodings, now: float) -> None:
+        """Send a message to the member whose turn it is here, or have it wait."""
         if message.qos and group.queue and not self._differ(group):
             self._wait(group, message, now)  # who could take it would have taken what waits
             return

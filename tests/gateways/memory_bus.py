@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import attrs
@@ -15,7 +15,7 @@ from gateways.kafka.poller import Began
 from gateways.kafka.records import ConsumedRecord, Record
 from mqtt_trio.archive.spool import Spool, inline, spool_path
 from mqtt_trio.errors import StartError
-from mqtt_trio.gateway import FrameRun, LocalClient, Message, Newcomer, ProtocolVersion, Tap
+from mqtt_trio.gateway import FrameRun, LocalClient, Message, Newcomer, ProtocolVersion, Spread, Tap
 
 LATENCY = 0.001
 """Seconds between an offer and its confirmation."""
@@ -208,16 +208,20 @@ class FakeLocal:
         self.seen: list[FrameRun | Message] = []
         self.retained: dict[str, Message] = {}
         self.missed: list[Message] = []
+        self.grouped: list[tuple[Message, str]] = []
 
-    def publish(self, messages: Sequence[Message], *, tapped: bool = False) -> None:
+    def publish(self, messages: Iterable[Message], *, tapped: bool = False) -> None:
         assert not tapped
         self.seen += messages
 
-    def publish_runs(self, runs: Sequence[FrameRun]) -> None:
+    def publish_runs(self, runs: Iterable[FrameRun]) -> None:
         self.seen += runs
 
-    def publish_missed(self, messages: Sequence[Message]) -> None:
+    def publish_missed(self, messages: Iterable[Message]) -> None:
         self.missed += messages
+
+    def publish_to_groups(self, messages: Iterable[Message], names: Collection[str]) -> None:
+        self.grouped += [(message, name) for message in messages for name in names]
 
     def set_retained(self, message: Message) -> None:
         if message.payload:
@@ -247,6 +251,9 @@ class FakeHost:
         self.clients: dict[str, float] = {}
         """Clients that are connected, and when they did so."""
         self.taken: list[tuple[Newcomer, str]] = []
+        self.spread: Spread | None = None
+        self.waiting: dict[str, list[Message]] = {}
+        """Of share groups without connected members."""
 
     def add_tap(self, tap: Tap) -> None:
         self.taps.append(tap)
@@ -279,6 +286,15 @@ class FakeHost:
             return False
         self.taken.append((newcomer, node))
         return True
+
+    def spread_groups(self, spread: Spread) -> None:
+        self.spread = spread
+
+    def take_waiting(self, name: str, *, ends: bool = False) -> list[Message]:
+        return self.waiting.pop(name, [])
+
+    def reroute(self) -> None:
+        pass
 
     def flush(self) -> None:
         pass

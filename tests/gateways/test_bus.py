@@ -186,7 +186,7 @@ async def test_garbage_is_counted_and_stops_nobody(
     head = encode_header(Kind.BATCH, b"x" * 16, "foreign", 1)
     body = encode_items([run_of("a", b"1")])
     number = partition("a")
-    values = [None, b"", b"{}", b"\x01", head + body[:-1], b"\x02" + (head + body)[1:], b"\x02new"]
+    values = [None, b"", b"{}", b"\x02", head + body[:-1], b"\x03" + (head + body)[1:], b"\x03new"]
     values += [encode_header(Kind.ANNOUNCE, b"y" * 16, "foreign", 1) + b"short"]
     for value in values:
         cluster.kafka.append("monster", number, None, value)
@@ -204,8 +204,8 @@ async def test_garbage_is_counted_and_stops_nobody(
     assert counters["bus_records_malformed"] == 6
     assert counters["bus_records_unknown_version"] == 3
     assert counters["retained_records_malformed"] + counters["retained_records_unknown_version"] == 16
-    assert [record.getMessage() for record in caplog.records if "format version 2" in record.getMessage()] == [
-        "bus record of format version 2, this node reads 1: such records are left out until this node is upgraded"
+    assert [record.getMessage() for record in caplog.records if "format version 3" in record.getMessage()] == [
+        "bus record of format version 3, this node reads 2: such records are left out until this node is upgraded"
     ] * 2  # once a node
 
 

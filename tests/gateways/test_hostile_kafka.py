@@ -103,7 +103,7 @@ def write_garbage(servers: str, bus: str, retained: str) -> None:
     foreign = encode_header(Kind.BATCH, b"f" * 16, "foreign", 1)
     values = [
         b"", None, b"{}", rng.randbytes(500), rng.randbytes(900_000), foreign, foreign + b"\x07", b"[" * 100_000,
-        b"\x02" + foreign[1:] + b"of the future", b"\x02" + foreign[1:] + b"once more", foreign[:-3],
+        b"\x03" + foreign[1:] + b"of the future", b"\x03" + foreign[1:] + b"once more", foreign[:-3],
     ]  # fmt: skip
     producer: Any = client.KafkaProducer(bootstrap_servers=servers, max_request_size=1 << 30)
     packed: Any = client.KafkaProducer(bootstrap_servers=servers, max_request_size=1 << 30, compression_type="zstd")

@@ -8,6 +8,7 @@ from typing import Any, Final
 import attrs
 from kafka import KafkaAdminClient, KafkaConsumer, TopicPartition
 
+from gateways.kafka.bus_choices import Chosen
 from gateways.kafka.bus_records import Flag, Kind, decode_header, decode_items
 from mqtt_trio.broker.message import Message
 from mqtt_trio.broker.tap import read_run
@@ -74,7 +75,8 @@ def read_bus(kafka: KafkaNode, topic: str) -> list[Message]:
         if header.kind is Kind.BATCH:
             assert header.flags is Flag.NONE, "a body in parts is more than this reader understands"
             for item in decode_items(record.value, header.body_start):
-                found += [item] if isinstance(item, Message) else read_run(item)
+                for each in item.items if isinstance(item, Chosen) else [item]:
+                    found += [each] if isinstance(each, Message) else read_run(each)
     return found
 
 
