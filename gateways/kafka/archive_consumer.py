@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
@@ -15,6 +16,7 @@ from attrs.validators import ge, in_, le, matches_re, optional
 
 from gateways.kafka.archived import FORMATS, ArchivedMessage, archived_message
 from gateways.kafka.cluster import Cluster
+from gateways.kafka.lag import Behind
 from gateways.kafka.member import Member, MemberConsumerLike, Refusals, Taken
 from gateways.kafka.options import TOPIC_NAME, KafkaOptions
 from gateways.kafka.reading import Find, reader_of
@@ -220,6 +222,16 @@ class ArchiveConsumer:
     def trouble(self) -> str | None:
         """Why Kafka cannot be read at the moment; None: it can, as far as is known."""
         return None if self._cluster is None else self._cluster.reason
+
+    def lag(self) -> dict[tuple[str, int], Behind]:
+        """Return how far this member is behind, in records and in seconds, by topic and partition of those that it has;
+        as of the last second, and growing while no message is asked for [K17]."""
+        return {} if self._member is None else self._member.lag()
+
+    @property
+    def failed_fetch_rate(self) -> float:
+        """Fetches per second that Kafka did not answer, or not for all partitions, over five minutes."""
+        return 0.0 if self._member is None else self._member.figures.failures.rate(time.monotonic())
 
     def __aiter__(self) -> ArchiveConsumer:
         return self

@@ -15,8 +15,11 @@ from typing import Final, Protocol
 
 import attrs
 
+from gateways.kafka.client_metrics import ClientFigures
 from gateways.kafka.cluster import Cluster
+from gateways.kafka.lag import Behind
 from gateways.kafka.poller import FIRST_BACKOFF, LONGEST_BACKOFF, POLL_TIMEOUT, Partition
+from gateways.kafka.reader_figures import ReaderFigures
 from gateways.kafka.reading import Archived, JsonReader, UnreadableError
 from gateways.kafka.records import ConsumedRecord
 from mqtt_trio.errors import GatewayError
@@ -40,6 +43,9 @@ class MemberConsumerLike(Protocol):
     def join(self) -> None: ...
     def poll(self, timeout: float, *, paused: bool) -> list[ConsumedRecord]: ...
     def commit(self, offsets: Mapping[Partition, int], timeout: float) -> None: ...
+    def standing(self) -> tuple[Mapping[Partition, int], Mapping[Partition, int | None]]: ...
+    def latest_ends(self, partitions: Sequence[Partition]) -> Mapping[Partition, int]: ...
+    def figures(self) -> ClientFigures: ...
     @property
     def connected(self) -> bool: ...
     def close(self) -> None: ...
@@ -70,6 +76,7 @@ class Member:
     Attributes:
       error: why the thread ended although nobody asked it to; None: it did not.
       commits: how often offsets were stored.
+      figures: how its client fares.
     """
 
     def __init__(
@@ -87,6 +94,7 @@ class Member:
         self.name = name
         self.error: GatewayError | None = None
         self.commits = 0
+        self.figures = ReaderFigures(name)
         self.on_records: Callable[[list[Taken]], None] = lambda records: None
         self.read: Callable[[ConsumedRecord], Archived] = JsonReader().read
         """May block, for a schema registry; the thread calls it."""
@@ -107,6 +115,10 @@ class Member:
         """Partition -> epoch and offset to store."""
         self._reports = 0
         self._outstanding = 0
+        self._handed: list[Taken] = []
+        """What was handed over since nothing was outstanding; replaced, never changed."""
+        self._done: dict[Partition, int] = {}
+        """Behind the last record that was processed."""
         """Records that were handed over and neither processed nor given up."""
         self._halt = False
         self._halt_by = 0.0
@@ -126,8 +138,12 @@ class Member:
         with self._lock:
             for taken in records:
                 record = taken.record
-                self._processed[record.topic, record.partition] = (taken.epoch, record.offset + 1)
+                partition = record.topic, record.partition
+                self._processed[partition] = (taken.epoch, record.offset + 1)
+                self._done[partition] = record.offset + 1
                 self._outstanding -= 1
+            if not self._outstanding:
+                self._handed = []
             self._reports += 1
             self._lock.notify_all()
             return self._reports
@@ -137,6 +153,14 @@ class Member:
         with self._lock:
             self._outstanding -= count
             self._lock.notify_all()
+
+    def lag(self) -> dict[Partition, Behind]:
+        """Return how far this member is behind in each of its partitions, as of the last second."""
+        with self._lock:
+            handed = self._handed if self._outstanding else []
+            done = dict(self._done)
+        waiting = (t.record for t in handed if t.record.offset >= done.get((t.record.topic, t.record.partition), 0))
+        return self.figures.lag.behind(waiting)
 
     def finish(self, limit: float) -> None:
         """Store what was reported within `limit` seconds, leave the group, end."""
@@ -167,6 +191,7 @@ class Member:
             for partition in partitions:
                 self._epochs.pop(partition, None)
                 self._processed.pop(partition, None)
+                self._done.pop(partition, None)
         log.debug("Kafka consumer %s: %s went to other members", self.name, sorted(partitions))
 
     def _take(self, partitions: set[Partition] | None = None) -> tuple[dict[Partition, int], int]:
@@ -198,8 +223,11 @@ class Member:
                     text = " ".join(f"{type(exc).__name__}: {exc}".split())
                     self.error = GatewayError(f"Kafka consumer {self.name} is refused: {text}", retriable=False)
                     return
+                if consumer is not None:
+                    self.figures.failed(consumer)
                 self._report(exc, opened=consumer is not None)
             finally:
+                self.figures.closed()
                 if consumer is not None:
                     self._store_last(consumer)
                     consumer.close()
@@ -256,8 +284,11 @@ class Member:
             if (epoch := self._epochs.get((record.topic, record.partition))) is not None:
                 taken.append(Taken(record, epoch, self._read(record)))  # noqa: PERF401  too long for one line
         with self._lock:
+            self._handed = [*self._handed, *taken] if self._outstanding else taken
             self._outstanding += len(taken)
         if taken:
+            for partition, last in {(t.record.topic, t.record.partition): t.record for t in taken}.items():
+                self.figures.lag.handed(partition, last.timestamp_ms)
             self.on_records(taken)
 
     def _read(self, record: ConsumedRecord) -> Archived | GatewayError:
@@ -310,7 +341,12 @@ class Member:
     def _look_after(self, consumer: MemberConsumerLike) -> None:
         if time.monotonic() < self._look_at:
             return
-        self._look_at = time.monotonic() + LOOK_INTERVAL
+        pause, (positions, ends) = LOOK_INTERVAL, consumer.standing()
+        if self._outstanding:  # partitions are paused: no fetch tells how much comes meanwhile
+            pause = self.figures.look_ahead(consumer, positions)
+        else:
+            self.figures.look(consumer, positions, ends)
+        self._look_at = time.monotonic() + pause
         if consumer.connected:
             self._cluster.back(self.name)
         else:

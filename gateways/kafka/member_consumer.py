@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Final, Protocol
 
+import attrs
 import kafka.errors as kafka_errors
 from kafka import KafkaConsumer, TopicPartition
 from kafka.consumer.subscription_state import AsyncConsumerRebalanceListener
@@ -16,10 +17,11 @@ from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssi
 from kafka.structs import OffsetAndMetadata
 
 from gateways.kafka import batches
+from gateways.kafka.client_metrics import ClientFigures, ClientMetrics, FetchWatch
 from gateways.kafka.options import KafkaOptions
 from gateways.kafka.poller import COMMIT_NOTE, Partition
 from gateways.kafka.records import ConsumedRecord
-from gateways.kafka.workers import common_config, consumed, is_connected, leak_safe, normal_keys
+from gateways.kafka.workers import ENDS_TIMEOUT_MS, common_config, consumed, is_connected, leak_safe, normal_keys
 
 OFFSETS_TIMEOUT_MS: Final = 5000
 CLOSE_TIMEOUT_MS: Final = 2000
@@ -126,6 +128,8 @@ class MemberConsumer:
                 **config,
             )
         self._rebalances.consumer = self._consumer
+        self._metrics = ClientMetrics(self._consumer, "consumer")
+        self._fetches = FetchWatch(self._consumer._fetcher, kafka_errors.Cancelled)
 
     def missing(self) -> list[str]:
         """Return the topics that do not exist, or may not be seen."""
@@ -162,6 +166,28 @@ class MemberConsumer:
           kafka.errors.KafkaError: they are not stored, or not known to be.
         """
         self._consumer.commit(stored(offsets), timeout_ms=int(timeout * 1000))
+
+    def standing(self) -> tuple[dict[Partition, int], dict[Partition, int | None]]:
+        """Return where reading is and where partitions end, as of the last fetch; of those that a place is known of."""
+        positions: dict[Partition, int] = {}
+        ends: dict[Partition, int | None] = {}
+        states = self._consumer._subscription.assignment  # `position()` may ask Kafka, and wait
+        for p in self._consumer.assignment():
+            state = states.get(p)
+            if state is not None and state.position is not None:
+                positions[p.topic, p.partition] = state.position.offset
+                ends[p.topic, p.partition] = state.highwater
+        return positions, ends
+
+    def latest_ends(self, partitions: Sequence[Partition]) -> dict[Partition, int]:
+        """Ask Kafka where partitions end; gives up soon."""
+        found = self._consumer.end_offsets([TopicPartition(*p) for p in partitions], ENDS_TIMEOUT_MS)
+        return {(p.topic, p.partition): offset for p, offset in found.items()}
+
+    def figures(self) -> ClientFigures:
+        """Return what the client says about itself, and how its fetches fared."""
+        watch = self._fetches
+        return attrs.evolve(self._metrics.read(), failed_fetches=watch.failed, answered_at=watch.answered_at)
 
     @property
     def connected(self) -> bool:

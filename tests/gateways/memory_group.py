@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 
+from gateways.kafka.client_metrics import ClientFigures
 from gateways.kafka.member import Member
 from gateways.kafka.poller import Partition
 from gateways.kafka.records import ConsumedRecord
@@ -131,6 +133,15 @@ class MemoryConsumer:
         assert set(offsets) <= set(self.next), "offsets of another member's partitions"
         self.group.stored.update(offsets)
         self.group.history.append(dict(offsets))
+
+    def standing(self) -> tuple[dict[Partition, int], dict[Partition, int | None]]:
+        return dict(self.next), dict(self.latest_ends(list(self.next)))
+
+    def latest_ends(self, partitions: Sequence[Partition]) -> dict[Partition, int]:
+        return {p: len(self.group.log[p[1]]) for p in partitions}
+
+    def figures(self) -> ClientFigures:
+        return ClientFigures(answered_at=time.monotonic())
 
     @property
     def connected(self) -> bool:

@@ -9,10 +9,13 @@ import pytest
 import trio
 
 from gateways.kafka import ArchiveConsumer, ArchivedMessage, member
+from gateways.kafka.lag import Behind
 from gateways.kafka.records import ConsumedRecord
 from mqtt_trio.errors import GatewayError
 from tests.gateway_support import LIMIT
 from tests.gateways.memory_group import TOPIC, DeniedError, MemoryGroup, RejoinError
+
+NOTHING = Behind(0, 0.0)
 
 
 @pytest.fixture(autouse=True)
@@ -333,3 +336,25 @@ async def test_it_is_used_once_and_inside() -> None:
 async def test_options_that_are_none(wrong: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=r"must|expected|match"):
         ArchiveConsumer(**({"group": "g"} | wrong))  # type: ignore[arg-type]
+
+
+async def test_lag_grows_while_the_program_works_on_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(member, "LOOK_INTERVAL", 0.02)
+    monkeypatch.setattr("gateways.kafka.reader_figures.LOOK_INTERVAL", 0.02)
+    group = MemoryGroup()
+    for number in range(5):
+        group.write(str(number))
+    async with consumer(group, commit_interval=60.0) as source:
+        assert await take(source, 1) == ["0"]
+        await until(lambda: source.lag().get((TOPIC, 0), NOTHING).records == 5)  # that in hand is not processed
+        assert source.lag()[TOPIC, 0].seconds > 1e9, "the records say that they are of 1970"
+        group.write("5")
+        await until(lambda: source.lag()[TOPIC, 0].records == 6)
+        assert await take(source, 2) == ["1", "2"]
+        await until(lambda: source.lag()[TOPIC, 0].records == 4)
+        assert await take(source, 3) == ["3", "4", "5"]
+        group.write("6")
+        assert await take(source, 1) == ["6"]
+        await until(lambda: source.lag()[TOPIC, 0].records == 1)
+        assert source.failed_fetch_rate == 0.0
+    assert consumer(group).lag() == {}
