@@ -40,6 +40,10 @@ log = logging.getLogger("gateways.kafka.bus")
 
 START_TIMEOUT: Final = 10.0
 """Seconds without any progress after which a node starts without Kafka."""
+REFUSAL_TIMEOUT: Final = 1.0
+"""The same while it is certain that Kafka lets nobody in: nothing listens, or no server has such a name."""
+START_LOOK: Final = 0.1
+"""Seconds between two looks at that."""
 FACTS_TIMEOUT: Final = 5.0
 """Seconds to wait for what Kafka says about the topics, once they can be read; then the configured numbers count."""
 NOTE_INTERVAL: Final = 1.0
@@ -85,6 +89,8 @@ class Bus:
         self._producer = producer
         self.positions = Positions(settings.topic, host.instance_id, host.marks, age=settings.checkpoint_age, utc=utc)
         self._consumer = make_consumer(self.on_records, self.positions.offsets)
+        self.refusal: Callable[[], str | None] = lambda: None
+        """Says why Kafka lets nobody in, where that is certain."""
         self._started = self._began = False
         self._has_retained = trio.Event()
         """mqtt.retained is read, and what of it is outdated is known."""
@@ -174,7 +180,8 @@ class Bus:
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until cancelled; `started()` when every position is known, this node's id is its own and the retained
-        messages are read, or when Kafka has not answered for START_TIMEOUT: then the bus joins in when it does.
+        messages are read, or when Kafka has not answered for START_TIMEOUT, or has certainly been away for
+        REFUSAL_TIMEOUT: then the bus joins in when it answers.
 
         Raises:
           StartError: another live node has this `Node.Id` and was first. Also later, when Kafka was away at the start.
@@ -264,14 +271,22 @@ class Bus:
         task_status.started()
 
     async def _progress(self, event: trio.Event) -> bool:
-        """Wait for `event` as long as records come in; False when nothing happened for START_TIMEOUT."""
+        """Wait for `event` as long as records come in; False when nothing happened for START_TIMEOUT, or when Kafka has
+        let nobody in for REFUSAL_TIMEOUT."""
+        received = 0
+        moved_at = let_in_at = trio.current_time()
         while True:
-            before = self.inbox.received + self.retained.received
-            with trio.move_on_after(START_TIMEOUT):
+            now, before, received = trio.current_time(), received, self.inbox.received + self.retained.received
+            if received != before:
+                moved_at = now
+            if self.refusal() is None:
+                let_in_at = now
+            give_up_at = min(moved_at + START_TIMEOUT, let_in_at + REFUSAL_TIMEOUT)
+            if now >= give_up_at:
+                return False
+            with trio.move_on_at(min(now + START_LOOK, give_up_at)):
                 await event.wait()
                 return True
-            if before == self.inbox.received + self.retained.received:
-                return False
 
     @property
     def ready(self) -> bool:
@@ -299,6 +314,18 @@ class Bus:
                 self.host.commit()  # the last positions, and what Kafka has
                 self.window.release_all()
                 self.host.flush()
+                self._tell_unconfirmed()
+
+    def _tell_unconfirmed(self) -> None:
+        """Say how much of what is on no disk Kafka had not confirmed: it may have some of it."""
+        unconfirmed = {
+            "messages": self.sender.unconfirmed + self.outbox.unconfirmed,
+            "retained messages": self.retained.unconfirmed,
+        }
+        self.sender.unconfirmed = self.outbox.unconfirmed = self.retained.unconfirmed = 0
+        if any(unconfirmed.values()):
+            text = " and ".join(f"{count} {what}" for what, count in unconfirmed.items() if count)
+            log.error("stopped before Kafka confirmed %s: other nodes may miss them", text)
 
     def describe(self) -> Sequence[str]:
         """Lines for the start-up summary."""

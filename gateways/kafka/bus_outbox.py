@@ -14,69 +14,25 @@ the disk has it.
 from __future__ import annotations
 
 import logging
-import struct
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Final
 
-import attrs
 import trio
 
+from gateways.kafka.bus_outgoing import NOTES, Outgoing
 from gateways.kafka.bus_records import RUN_OVERHEAD, Item
 from gateways.kafka.bus_settings import BusSettings
 from gateways.kafka.bus_window import BusWindow
-from gateways.kafka.records import Record
-from mqtt_trio.errors import GatewayError
+from gateways.kafka.records import Record, was_closed
 from mqtt_trio.gateway import Answer, GatewayHost, Hold, LocalClient, ReasonCode, Refused, Spool, SpoolRecord
 
 log = logging.getLogger("gateways.kafka.bus")
 
-NOTES: Final = "kafka.bus.out/"
-"""Marks of records that Kafka has not confirmed, by number."""
-VERSION: Final = 1
-HEAD: Final = struct.Struct(">BIIQ")
-"""In front of a record that is kept: version, partition, messages, bytes that it counts for in the window."""
 DRAIN_BYTES: Final = 4 * 1024 * 1024
 """Bytes that were read from the spool and are not confirmed; beyond them the rest stays on disk."""
 FAILED: Final = ReasonCode.IMPLEMENTATION_SPECIFIC_ERROR
-
-
-@attrs.define(eq=False)
-class Outgoing:
-    """One record."""
-
-    partition: int
-    value: bytes
-    messages: int
-    size: int
-    """Bytes that it counts for in the window."""
-    holds: list[Hold] = attrs.Factory(list)
-    """What its publishers wait for."""
-    number: int = 0
-    """Of its note in the session store; 0: it has none."""
-    spool_end: int | None = None
-    """Position behind it in the spool; None: it is not there."""
-    counted: bool = True
-    """It takes room in the window."""
-    over: bool = False
-    """Kafka has it, or never will."""
-
-    def packed(self) -> bytes:
-        """Write it down."""
-        return HEAD.pack(VERSION, self.partition, self.messages, self.size) + self.value
-
-    @classmethod
-    def of(cls, data: bytes) -> Outgoing:
-        """Read what `packed` wrote.
-
-        Raises:
-          ValueError: it did not.
-        """
-        if len(data) <= HEAD.size or data[0] != VERSION:
-            raise ValueError(f"a record of {len(data)} bytes, of version {data[0] if data else 'none'}")
-        _, partition, messages, size = HEAD.unpack_from(data)
-        return cls(partition, data[HEAD.size :], messages, size)
 
 
 class BusOutbox:
@@ -106,10 +62,15 @@ class BusOutbox:
         """Makes records of what waits in the slots."""
         self.pack_handed: Callable[[dict[int, list[Item]]], list[Outgoing]]
         """Makes records of what is passed on, by partition."""
+        self.slot_holds: Callable[[], Iterable[Hold]] = tuple
+        """What their publishers wait for."""
         self.trouble: Callable[[], str | None] = lambda: None
         """Says why Kafka takes nothing at present."""
         self.rejected = self.turned_away = self.spooled = self.resumed = self.lost = 0
+        self.timed_out = 0
         self.sent_records = self.sent_messages = self.failed_messages = 0
+        self.unconfirmed = 0
+        """Of the failed ones, those that Kafka had not confirmed when the producer was closed."""
         self.spool: Spool | None = None
         if settings.on_outage == "spool":
             self.spool = host.make_spool(f"bus-{settings.topic}", settings.spool_bytes)
@@ -125,6 +86,8 @@ class BusOutbox:
         self._queue: deque[Outgoing] = deque()  # on their way into the spool
         self._written: deque[Outgoing] = deque()  # handed to the spool, which does not have them on disk yet
         self._tail: deque[Outgoing] = deque()  # in the spool and in hand, in the order of their positions
+        self._waits: deque[Outgoing] = deque()  # acknowledgements wait for them, oldest first
+        self._any_waits = trio.Event()
         self._drained = 0
         self._in_hand = False  # something was read from the spool and not sent
         self._uncommitted = 0
@@ -165,6 +128,8 @@ class BusOutbox:
 
     def dispatch(self, outgoing: Outgoing) -> None:
         """Send a record, behind all before it."""
+        if outgoing.holds:
+            self._await(outgoing)
         if self.spooling:
             self._queue.append(outgoing)
             if outgoing.number:
@@ -185,7 +150,7 @@ class BusOutbox:
             for outgoing in packed:
                 self._last_note += 1
                 outgoing.number = self._last_note
-                changed[name_of(outgoing)] = outgoing.packed()
+                changed[outgoing.name] = outgoing.packed()
             self._uncommitted += len(packed)
             self._local.when_kept(partial(self._committed, packed))
         return changed
@@ -222,7 +187,7 @@ class BusOutbox:
         self._offer(record)
 
     def _done(self, outgoing: Outgoing, failure: Exception | None) -> None:
-        if isinstance(failure, GatewayError) and failure.retriable and (outgoing.number or outgoing.spool_end):
+        if was_closed(failure) and (outgoing.number or outgoing.spool_end):
             return  # the producer was closed, nobody knows: the next process sends what the disk has
         del self._flights[outgoing]
         outgoing.over = True
@@ -231,7 +196,10 @@ class BusOutbox:
             self.sent_messages += outgoing.messages
         else:
             self.failed_messages += outgoing.messages
-            log.error("%d messages did not reach the other nodes: %s", outgoing.messages, failure)
+            if was_closed(failure):  # told once, by the bus
+                self.unconfirmed += outgoing.messages
+            else:
+                log.error("%d messages did not reach the other nodes: %s", outgoing.messages, failure)
         self._release(outgoing, None if failure is None else FAILED)
         self._leave(outgoing)
         if outgoing.spool_end is not None:
@@ -242,15 +210,73 @@ class BusOutbox:
         holds, outgoing.holds = outgoing.holds, []
         for hold in holds:
             hold.release(refused)
+        while self._waits and not self._waits[0].holds:
+            self._waits.popleft()
 
     def _leave(self, outgoing: Outgoing) -> None:
         """It needs neither room in the window nor its note any more."""
         if outgoing.number:
-            self._notes_gone[name_of(outgoing)] = None
+            self._notes_gone[outgoing.name] = None
             outgoing.number = 0
         if outgoing.counted:
             outgoing.counted = False
             self._window.settle(outgoing.messages, outgoing.size)
+
+    # --- those who wait
+
+    def _await(self, outgoing: Outgoing) -> None:
+        if self.turns_away:
+            self._answer_in_outage(outgoing)
+            return
+        outgoing.answer_by = trio.current_time() + self._settings.ack_timeout
+        self._waits.append(outgoing)
+        self._any_waits.set()
+
+    def _let_nobody_wait(self) -> None:
+        """Kafka is away, and what comes is turned away: an answer that waited would hold up the refusals behind it,
+        since answers keep the order of their messages. What was taken is sent when Kafka is back."""
+        while self._waits:
+            self._answer_in_outage(self._waits[0])
+        if not self.notes:  # else they leave the slots with the next commit, and are answered behind it
+            refused = ReasonCode.QUOTA_EXCEEDED if self._settings.on_outage == "reject" else None
+            for hold in self.slot_holds():
+                self.rejected += refused is not None and not hold.released
+                hold.release(refused)
+        self._window.release_all()
+
+    def _answer_in_outage(self, outgoing: Outgoing) -> None:
+        """What is on disk is acknowledged: the next process knows of it. The rest may be at Kafka, or not."""
+        if outgoing.number or self._settings.on_outage == "drop":
+            self._release(outgoing)
+        else:
+            self.rejected += sum(not hold.released for hold in outgoing.holds)
+            self._release(outgoing, ReasonCode.QUOTA_EXCEEDED)
+
+    async def _watch_deadlines(self) -> None:
+        """See to acknowledgements that have waited for AckTimeout [K22]."""
+        waits = self._waits
+        while True:
+            while not waits:
+                self._any_waits = trio.Event()
+                await self._any_waits.wait()
+            await trio.sleep_until(waits[0].answer_by)
+            while waits and waits[0].answer_by <= trio.current_time():
+                self._time_out(waits[0])
+            self._host.flush()
+
+    def _time_out(self, outgoing: Outgoing) -> None:
+        """Answer what has waited for too long; where there is a spool that takes it, let it go there first."""
+        spool = self.spool
+        if spool is not None and not self.spooling and spool.failing is None:
+            self._begin_spooling(spool)  # slow is as good as away
+            answer_by = trio.current_time() + self._settings.ack_timeout
+            for each in self._waits:  # the disk gets its time, for all of them
+                each.answer_by = answer_by
+        elif outgoing.number:
+            self._release(outgoing)
+        else:
+            self.timed_out += len(outgoing.holds)
+            self._release(outgoing, FAILED)
 
     # --- over the spool
 
@@ -259,7 +285,9 @@ class BusOutbox:
         if not self._running:
             return
         away = self.away = self.trouble() is not None
-        self.turns_away = away and self._settings.on_outage in ("reject", "drop")
+        turned_away, self.turns_away = self.turns_away, away and self._settings.on_outage in ("reject", "drop")
+        if self.turns_away and not turned_away:
+            self._let_nobody_wait()
         if self.spool is not None:
             if away:
                 self._begin_spooling(self.spool)
@@ -329,6 +357,8 @@ class BusOutbox:
                 self.resumed += self.spool.messages
                 self.spooling = self.spool.unread < self.spool.end
                 nursery.start_soon(self._drain, self.spool)
+            if self.gated:
+                nursery.start_soon(self._watch_deadlines)
             old, self._old = self._old, []
             for outgoing in old:
                 self._window.add(outgoing.messages, outgoing.size)
@@ -436,12 +466,8 @@ class BusOutbox:
         return {
             "bus_messages_rejected": self.rejected,
             "bus_messages_turned_away": self.turned_away,
+            "bus_messages_timed_out": self.timed_out,
             "bus_messages_spooled": self.spooled,
             "bus_messages_resumed": self.resumed,
             **{f"bus_{name}": value for name, value in spool.items()},
         }
-
-
-def name_of(outgoing: Outgoing) -> str:
-    """The name of its note; in the order of the names records leave."""
-    return f"{NOTES}{outgoing.number:020d}"

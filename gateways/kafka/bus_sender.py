@@ -16,7 +16,8 @@ from typing import Final
 import trio
 
 from gateways.kafka import bus_records
-from gateways.kafka.bus_outbox import BusOutbox, Outgoing
+from gateways.kafka.bus_outbox import BusOutbox
+from gateways.kafka.bus_outgoing import Outgoing
 from gateways.kafka.bus_records import RUN_OVERHEAD, BusRecordError, Flag, Item, Kind, encode_message
 from gateways.kafka.bus_settings import BusSettings, TopicSize
 from gateways.kafka.bus_slots import HANDED, RECORD_SIZE, SURE, Chunk, Slot, cut
@@ -24,7 +25,7 @@ from gateways.kafka.bus_window import BusWindow
 from gateways.kafka.dead_letters import DeadLetters
 from gateways.kafka.dlq import Stage
 from gateways.kafka.partitions import partition_for
-from gateways.kafka.records import Reason, Record
+from gateways.kafka.records import Reason, Record, was_closed
 from mqtt_trio.gateway import GatewayHost, Message
 
 log = logging.getLogger("gateways.kafka.bus")
@@ -62,12 +63,15 @@ class BusSender:
         self.outbox = outbox
         outbox.pack_all = self._pack_sure
         outbox.pack_handed = self._pack_handed
+        outbox.slot_holds = lambda: [hold for slot in self._slots for hold in slot.sure.holds]
         self.partitions = settings.partitions
         self.armed = False
         self.ending = False
         self.retain: Callable[[Message], None]
         self.after_ship: Callable[[], None]
         self.sent_messages = self.sent_records = self.failed_messages = 0
+        self.unconfirmed = 0
+        """Of the failed ones, those that Kafka had not confirmed when the producer was closed."""
         self._host = host
         self._offer = offer
         self._dead_letters = dead_letters
@@ -215,7 +219,10 @@ class BusSender:
             self.sent_messages += messages
         else:
             self.failed_messages += messages
-            log.error("%d messages did not reach the other nodes: %s", messages, failure)
+            if was_closed(failure):  # told once, by the bus
+                self.unconfirmed += messages
+            else:
+                log.error("%d messages did not reach the other nodes: %s", messages, failure)
         self.window.settle(messages, size)
 
     def tell(self, kind: Kind, body: bytes, done: Callable[[Exception | None], None]) -> int:

@@ -30,6 +30,9 @@ class BusSettings:
     """Bytes of them, with an estimate of what a message costs beside its content. Outcome: see `BusWindow`."""
     ack: str = "none"
     """`store`: QoS 1 and 2 are acknowledged once Kafka, or while it is away the disk, has them."""
+    ack_timeout: float = 30.0
+    """Seconds that an acknowledgement waits for Kafka. Outcome: what is on disk is acknowledged, the rest goes to the
+    spool; without one it is a negative answer."""
     on_outage: str | None = None
     """What becomes of QoS 1 and 2 while Kafka is away: `spool`, `reject`, `drop`; None: they wait in the window."""
     spool_bytes: int = 1024 * 1024 * 1024

@@ -112,6 +112,10 @@ class Cluster:
                 raise AwayError(refusal)
         return open_it()
 
+    def refusal(self) -> str | None:
+        """Return why no client needs to try, as the latest look found it that was certain; None: nobody is certain."""
+        return self._refusal
+
     def glance(self) -> str | None:
         """Do what `probe` does as often as one likes: without a login."""
         return self._glance(self.servers) if self._glance is not None else None

@@ -143,6 +143,7 @@ class KafkaGateway:
             window_messages=options.bus.window_messages,
             window_bytes=options.bus.window_bytes,
             ack=options.bus.ack,
+            ack_timeout=options.bus.ack_timeout,
             on_outage=options.bus.on_outage,
             spool_bytes=options.bus.spool_bytes,
             checkpoint_age=options.bus.checkpoint_age,
@@ -160,6 +161,7 @@ class KafkaGateway:
         bus = Bus(settings, host, producer, partial(self._make_consumer, settings, host.node_id),
                   self.cluster.facts, self.dead_letters)  # fmt: skip
         bus.outbox.trouble = partial(trouble_of, self.cluster, "bus", settings.topic)
+        bus.refusal = self.cluster.refusal
         return bus
 
     def _make_consumer(

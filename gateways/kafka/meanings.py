@@ -33,7 +33,9 @@ _BUS: Final = {
     "messages_held": "Messages whose acknowledgement had to wait because the window was full.",
     "messages_refused": "Messages that got a negative answer because of the bus.",
     "messages_failed": "Messages that the other nodes will never get.",
-    "messages_rejected": "QoS 1 and 2 messages that were refused because Kafka was away (OnOutage = reject).",
+    "messages_rejected": "QoS 1 and 2 messages that were refused because Kafka was away (OnOutage = reject); with "
+    "Ack = store those that were on their way are among them, and are sent nevertheless.",
+    "messages_timed_out": "Messages that were refused because neither Kafka nor a disk had them within AckTimeout.",
     "messages_turned_away": "QoS 1 and 2 messages that other nodes do not get: Kafka was away (OnOutage = drop).",
     "messages_spooled": "Messages that went over the spool of the bus.",
     "messages_resumed": "Messages that the process before this one had taken, and that this one sends.",

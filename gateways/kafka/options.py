@@ -52,6 +52,10 @@ class BusOptions:
     spool_bytes: int = attrs.field(default=1024 * 1024 * 1024, validator=ge(16 * 1024 * 1024))
     """Bytes that the spool takes on disk at most. Outcome, of a full disk as well: the window fills, and its outcome
     follows."""
+    ack_timeout: float = attrs.field(default=30.0, validator=[gt(0), le(3600)])
+    """Seconds that an acknowledgement waits for Kafka (`ack = "store"`) while nobody knows that it is away. Outcome:
+    what is on disk here is acknowledged, the rest goes to the spool; without one, or where it takes nothing, a 5.0
+    client gets reason code 0x83 and a 3.x client is disconnected. The other nodes may get the message nevertheless."""
     window_messages: int = attrs.field(default=200_000, validator=[ge(1000), le(10_000_000)])
     """Messages that the bus may hold before Kafka has confirmed them. Outcome: QoS 1 and 2 publishers wait, QoS 0
     messages are dropped."""

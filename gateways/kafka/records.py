@@ -47,6 +47,11 @@ class RecordRefusedError(GatewayError):
         self.reason = reason
 
 
+def was_closed(failure: Exception | None) -> bool:
+    """Whether a record has no outcome because its producer was closed before Kafka confirmed it: Kafka may have it."""
+    return isinstance(failure, GatewayError) and failure.retriable
+
+
 class Record:
     """One record on its way to Kafka. `done(None)` is called on the Trio thread when Kafka has it, `done(exc)` when
     this very record can never be stored or the bridge was closed before it was confirmed.

@@ -43,9 +43,8 @@ from gateways.kafka.bus_window import BusWindow
 from gateways.kafka.dead_letters import DeadLetters
 from gateways.kafka.dlq import Stage
 from gateways.kafka.partitions import partition_for
-from gateways.kafka.records import ConsumedRecord, Reason, Record
+from gateways.kafka.records import ConsumedRecord, Reason, Record, was_closed
 from gateways.kafka.retained_marks import RetainedMarks
-from mqtt_trio.errors import GatewayError
 from mqtt_trio.gateway import GatewayHost, LocalClient, Message, wait_until_kept
 
 log = logging.getLogger("gateways.kafka.retained")
@@ -108,6 +107,8 @@ class Retained:
         """What may leave."""
         self.outstanding = 0
         self.sent = self.received = self.failed = 0
+        self.unconfirmed = 0
+        """Of the failed ones, those that Kafka had not confirmed when the producer was closed."""
         self.too_large = self.dropped = self.malformed = self.unknown_version = 0
         self.resumed = self.restored = 0
         self._host = host
@@ -264,11 +265,14 @@ class Retained:
             self.sent += 1
             if is_newest:
                 self._marks.forget(key)
-        elif self._marks.keeps and isinstance(failure, GatewayError) and failure.retriable:
+        elif self._marks.keeps and was_closed(failure):
             return  # the producer was closed, nobody knows: the next process goes by the mark
         else:
             self.failed += 1
-            log.warning("retained message of topic %r is on this node only: %s", key.decode(), failure)
+            if was_closed(failure):  # told once, by the bus
+                self.unconfirmed += 1
+            else:
+                log.warning("retained message of topic %r is on this node only: %s", key.decode(), failure)
             if own is not None and is_newest:
                 del self._own[key]
                 self._marks.forget(key)

@@ -14,7 +14,7 @@ from gateways.kafka.cluster import TopicFacts
 from gateways.kafka.poller import Began
 from gateways.kafka.records import ConsumedRecord, Record
 from mqtt_trio.archive.spool import Spool, inline, spool_path
-from mqtt_trio.errors import StartError
+from mqtt_trio.errors import GatewayError, StartError
 from mqtt_trio.gateway import FrameRun, LocalClient, Message, Newcomer, ProtocolVersion, Spread, Tap
 
 LATENCY = 0.001
@@ -134,8 +134,14 @@ class MemoryProducer:
         record.done(None)
 
     async def stop(self) -> None:
-        if self.queue:
-            await self.emptied.wait()
+        try:
+            if self.queue:
+                await self.emptied.wait()
+        finally:
+            queue, self.queue = self.queue, []
+            for record in queue:
+                assert record.done is not None
+                record.done(GatewayError("closed before Kafka confirmed the record", retriable=True))
 
     def counters(self) -> dict[str, int]:
         return {}

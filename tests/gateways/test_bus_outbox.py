@@ -13,7 +13,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from gateways.kafka.bus_outbox import NOTES, Outgoing
+from gateways.kafka.bus_outgoing import NOTES, Outgoing
 from gateways.kafka.bus_settings import BusSettings
 from gateways.kafka.partitions import partition_for
 from mqtt_trio.broker.store import Batch, MemoryStore
@@ -66,7 +66,7 @@ def in_kafka(cluster: WholeCluster, topic: str = "t") -> int:
 @pytest.mark.parametrize("kept", [False, True])
 @pytest.mark.parametrize("qos", [1, 2])
 async def test_the_answer_comes_when_kafka_has_the_message(autojump_clock: MockClock, kept: bool, qos: int) -> None:
-    async with open_cluster(STORE) as cluster:
+    async with open_cluster(attrs.evolve(STORE, ack_timeout=100)) as cluster:
         one, two = await cluster.start("one", kept=kept), await cluster.start("two")
         publisher = await one.connect("publisher")
         listener, at_home = await two.connect("listener", "t"), await one.connect("at home", "t")
