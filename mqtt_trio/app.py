@@ -54,7 +54,7 @@ SWITCH_INTERVAL: Final = 0.0005
 this."""
 GC_THRESHOLDS: Final = (100_000, 50, 50)
 FAREWELL_SHARE: Final = 0.3
-"""Of [Shutdown] Timeout, for clients that read their DISCONNECT slowly."""
+"""Of [Shutdown] Timeout, for clients that read their DISCONNECT slowly, and for what is on its way in."""
 
 SECOND_SIGNAL: Final = 1.0
 """Seconds: a terminal, a wrapper script and a supervisor may all send the one signal that somebody meant."""
@@ -119,6 +119,7 @@ class Node:
             for group in self.groups:
                 await services.start(group.run)
                 self.broker.add_tap(group)
+            self.host.complete.set()
             await services.start(DeadlineTimer(self.broker).run)  # every tap sees the Wills that are due at the start
             async with trio.open_nursery() as accepting:
                 self.listeners = await open_listeners(self.options.listeners)
@@ -173,7 +174,10 @@ class Node:
             for listener in self.listeners:
                 listener.close()
             with trio.move_on_after(timeout * FAREWELL_SHARE):
-                await self.clients.shut_down(self.options.shutdown.server_reference)
+                async with trio.open_nursery() as leaving:
+                    leaving.start_soon(self.clients.shut_down, self.options.shutdown.server_reference)
+                    for gateway in self.gateways.values():
+                        leaving.start_soon(gateway.stop_intake)
             async with trio.open_nursery() as stopping:
                 for group in self.groups:
                     stopping.start_soon(group.stop)

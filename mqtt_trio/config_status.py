@@ -10,7 +10,6 @@ from mqtt_trio.config_sources import Origin
 
 INACTIVE: Final[Mapping[str, tuple[object, ...]]] = {
     "Kafka.Metrics": (),
-    "Kafka.Topics.Messages.Enabled": (False,),
     "Kafka.Topics.Sessions": (),
 }
 """Keys, or whole tables, that mean nothing yet -> values that say what is done anyway."""

@@ -18,6 +18,7 @@ from mqtt_trio.archive.spool import spool_path as spool_path
 from mqtt_trio.archive.store import ArchiveStore as ArchiveStore
 from mqtt_trio.archive.store import Outcome as Outcome
 from mqtt_trio.broker.connections import Newcomer as Newcomer
+from mqtt_trio.broker.local import Parcel as Parcel
 from mqtt_trio.broker.message import Message as Message
 from mqtt_trio.broker.router import Router as Router
 from mqtt_trio.broker.router import SubscriptionOptions as SubscriptionOptions
@@ -39,6 +40,7 @@ from mqtt_trio.protocol.topics import is_system_topic as is_system_topic
 from mqtt_trio.protocol.topics import split_shared as split_shared
 from mqtt_trio.protocol.topics import topic_matches as topic_matches
 from mqtt_trio.protocol.topics import validate_topic_filter as validate_topic_filter
+from mqtt_trio.protocol.topics import validate_topic_name as validate_topic_name
 
 
 class LocalClient(Protocol):
@@ -54,6 +56,16 @@ class LocalClient(Protocol):
 
         RETAIN is handled as delivery to existing subscriptions demands; the retained store is not changed.
         """
+
+    def bring(self, parcels: Sequence[Parcel]) -> int:
+        """Publish, in order, messages that must not be lost, and say how many of `parcels` were: each is shown to the
+        taps and then, once all of them have taken it, retained where it says so and delivered. The first one that a tap
+        refuses stops it: bring that one again later, and only the taps that have not taken it see it again. What is to
+        be waited for stands in the parcel. A message that no client may publish must not be brought; see `objection`.
+        """
+
+    def objection(self, topic_name: str) -> str | None:
+        """Why no client may publish to this valid Topic Name, whoever it is; None: one may."""
 
     def publish_runs(self, runs: Iterable[FrameRun]) -> None:
         """Deliver runs of frames to the subscribers of this node, as if each run had just been received; no tap sees
@@ -114,6 +126,9 @@ class GatewayHost(Protocol):
     """`Node.Id`."""
     instance_id: bytes
     """16 random bytes of this process."""
+    complete: trio.Event
+    """Set once everything that shall see publishes does: what comes from outside and is to be shown to the taps waits
+    for it."""
 
     def add_tap(self, tap: Tap) -> None:
         """Show every accepted publish to `tap`, in the order of `Rank`. Before `started()`."""
@@ -182,6 +197,10 @@ class Gateway(Protocol):
         Raises:
           StartError: the broker must not run (it ends with exit code 1); later errors are handled inside.
         """
+
+    async def stop_intake(self) -> None:
+        """Bring nothing more from outside that the taps are to see: they stop next. Bounded by the caller's cancel
+        scope."""
 
     async def stop(self) -> None:
         """Ship what is held, close. After the last publish; bounded by the caller's cancel scope."""

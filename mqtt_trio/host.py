@@ -32,6 +32,7 @@ class Host:
         self.broker = broker
         self.node_id = node_id
         self.instance_id = instance_id
+        self.complete = trio.Event()
         self._data, self._synchronous = data, synchronous
 
     def add_tap(self, tap: Tap) -> None:

@@ -56,6 +56,7 @@ ONLY_IN = {
         "gateways/kafka/batches.py",
         "gateways/kafka/member_consumer.py",
         "gateways/kafka/security.py",
+        "gateways/kafka/stream_consumer.py",
         "gateways/kafka/workers.py",
     },
     "ssl": {

@@ -156,6 +156,8 @@ class FakeGateway:
     def figures(self) -> list[Figure]:
         return [Figure("lag", "How far it is behind.", 2.5, {"part": "a", "kind": "b"})]
 
+    async def stop_intake(self) -> None: ...
+
     async def stop(self) -> None: ...
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 import attrs
 
 from gateways.kafka.bus_records import RUN_OVERHEAD, Item, messages_of
+from gateways.kafka.stream_records import OutsideMessage
 from mqtt_trio.gateway import Answer, FrameRun, Hold, Message
 
 if TYPE_CHECKING:
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 RECORD_SIZE: Final = 128 * 1024
 """Bytes at which a slot leaves without waiting for the linger."""
+NOBODY: Final = Hold()
+"""In the place of the Hold of an item that nobody waits for."""
 SURE: Final = 0x8000
 """Bit of the streams of QoS 1 and 2."""
 HANDED: Final = 0x4000
@@ -80,7 +83,7 @@ class Slot:
         sender = self._sender
         size = len(item) + RUN_OVERHEAD
         if message.qos:
-            answer = self.sure.take(item, size)
+            answer = self.sure.take(item, size, waited_for=isinstance(message, OutsideMessage))
             if message.retain and not (answer is not None and not isinstance(answer, Hold)):
                 sender.retain(message)
             return answer
@@ -132,11 +135,11 @@ class SureItems:
         self._window = sender.window
         self.items: list[Item] = []
         self.holds: list[Hold] = []
-        """One for each item where acknowledgements wait for records, else none."""
+        """One for each item up to the last that somebody waits for, or none."""
         self.size = 0
 
-    def take(self, item: Item, size: int) -> Answer:
-        """Take one message of `size` bytes."""
+    def take(self, item: Item, size: int, *, waited_for: bool = False) -> Answer:
+        """Take one message of `size` bytes. `waited_for`: whoever brings it waits for its record in any case."""
         outbox, window = self._outbox, self._window
         if outbox.turns_away:
             return outbox.turn_away()
@@ -147,8 +150,9 @@ class SureItems:
                 return answer
         else:
             window.add(1, size)
-        if outbox.gated:  # it waits for more than room
+        if outbox.gated or waited_for:  # it waits for more than room
             answer = Hold(kept=outbox.notes)
+            self.holds += [NOBODY] * (len(self.items) - len(self.holds))
             self.holds.append(answer)
         self.items.append(item)
         self.size += size
@@ -162,6 +166,8 @@ class SureItems:
         """Give away what waits."""
         items, holds, size = self.items, self.holds, self.size
         self.items, self.holds, self.size = [], [], 0
+        if holds:
+            holds += [NOBODY] * (len(items) - len(holds))
         return cut(items, holds, len(items), size) if items else []
 
 

@@ -11,6 +11,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Hashable
+from functools import partial
 from typing import Final, Protocol
 
 import attrs
@@ -50,6 +51,10 @@ REFILL: Final = 10.0
 """Letters about records that were read: so many at once, and so many a second. Outcome: the others are counted only."""
 LOG_INTERVAL: Final = 10.0
 """Seconds between two lines about letters."""
+
+
+def nothing() -> None:
+    """Do nothing: nobody waits for a letter."""
 
 
 class Producer(Protocol):
@@ -154,17 +159,35 @@ class DeadLetters:
         if identity in self._known:  # read again, by a consumer that went back
             self.left_out += 1
             return
-        lost = LostRecord(
-            topic=record.topic,
-            partition=record.partition,
-            key=record.key,
-            value=record.value,
-            headers=record.headers,
-            timestamp_ms=record.timestamp_ms,
-        )
         letter = self._letter(Stage.CONSUME, source, Why(reason, error), identity, record.value or b"")
-        self._write(attrs.evolve(letter, record=lost))
+        self._write(attrs.evolve(letter, record=lost_record(record)))
         self._know(identity, 1)
+
+    @property
+    def has_room(self) -> bool:
+        """Another letter would find room: who may wait with one, waits."""
+        return self._producer is None or not self._producer.full
+
+    def undeliverable(
+        self, record: ConsumedRecord, reason: Reason, error: str, done: Callable[[], None], *, redrivable: bool = True
+    ) -> None:
+        """`record` of mqtt.messages cannot be published; `done` is called once its letter is written, or will never be.
+
+        However many of its like came, each has its letter: its reader looks at `has_room` first, and goes on behind
+        `done`. `redrivable`: once it is mended it can be written again.
+        """
+        source = KafkaSource(
+            topic=record.topic, partition=record.partition, offset=record.offset, timestamp_ms=record.timestamp_ms
+        )
+        identity = id_of_consumed(source, record.value)
+        if identity in self._known:  # read again, by a consumer that went back
+            self.left_out += 1
+            done()
+            return
+        letter = self._letter(Stage.CONSUME, source, Why(reason, error), identity, record.value or b"")
+        lost = lost_record(record)
+        self._know(identity, 1)
+        self._write(attrs.evolve(letter, record=lost, redrivable=redrivable), done)
 
     def _may_write(self, once: Hashable) -> bool:
         if once is not None:
@@ -221,29 +244,33 @@ class DeadLetters:
             del self._known[next(iter(self._known))]
         self._known[identity] = count
 
-    def _write(self, letter: DeadLetter) -> None:
+    def _write(self, letter: DeadLetter, done: Callable[[], None] = nothing) -> None:
+        """Write a letter; `done` is called when its outcome is known, perhaps at once."""
         self.letters[letter.reason] += 1
         self._unlogged += 1
         self._log(letter)
         if self._producer is None:  # nobody expects it to be written
             self.lost += 1
+            done()
             return
         if self._producer.full:
             self._lose("those before it wait for Kafka, and their window is full")
+            done()
             return
         if not self._contents or letter.reason is Reason.TOO_LARGE:  # [K7]: facts and SHA-256, no payload
             letter = letter.without_contents()
-        record = self._record(letter)
+        record = self._record(letter, done)
         if record is None:
             letter = letter.without_contents()
-            record = self._record(letter)
+            record = self._record(letter, done)
         if record is None:
             self._lose(f"the facts alone are too large for {self._topic}")
+            done()
             return
         self.bare += letter.record is None and letter.payload is None
         self._producer.offer(record)
 
-    def _record(self, letter: DeadLetter) -> Record | None:
+    def _record(self, letter: DeadLetter, done: Callable[[], None]) -> Record | None:
         """Return the record of `letter` if it fits into the topic."""
         facts = self._facts(self._topic)
         limit = (facts.max_message_bytes if facts is not None else LARGEST) - SLACK
@@ -256,16 +283,17 @@ class DeadLetters:
             encode_letter(letter),
             letter_headers(letter),
             letter.dead_at_ms,
-            self._done,
+            partial(self._done, done),
             messages=0,
         )
         return record if record.measure() <= limit else None
 
-    def _done(self, error: Exception | None) -> None:
+    def _done(self, done: Callable[[], None], error: Exception | None) -> None:
         if error is None:
             self.written += 1
         else:
             self._lose(str(error))
+        done()
 
     # --- what is told
 
@@ -308,6 +336,18 @@ class DeadLetters:
             "dlq_left_out": self.left_out,
             **{f"dlq_{reason}": self.letters[reason] for reason in Reason},
         }
+
+
+def lost_record(record: ConsumedRecord) -> LostRecord:
+    """Return a record that was read as letters have it."""
+    return LostRecord(
+        topic=record.topic,
+        partition=record.partition,
+        key=record.key,
+        value=record.value,
+        headers=record.headers,
+        timestamp_ms=record.timestamp_ms,
+    )
 
 
 def retained_message(record: Record) -> Message:

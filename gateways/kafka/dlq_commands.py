@@ -6,6 +6,7 @@ import argparse
 import heapq
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import orjson
@@ -16,6 +17,7 @@ from gateways.kafka.dlq_box import Filed, Letterbox, Note, add_filter, printable
 from gateways.kafka.dlq_redrive import MOST_LETTERS, Redriver
 from gateways.kafka.options import KafkaOptions
 from gateways.kafka.topic_plan import DEFAULTS, plan_topics
+from mqtt_trio.errors import GatewayError
 
 if TYPE_CHECKING:
     from gateways.kafka.admin import Admin
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 DEFAULT_LIMIT: Final = 100
 LARGEST_LIMIT: Final = 1_000_000
+LARGEST_VALUE: Final = 64 * 1024 * 1024
 SHORT_ID: Final = 12
 LONGEST_ERROR: Final = 60
 """Characters; --json has all of it."""
@@ -36,6 +39,9 @@ Writes the records of letters to the Kafka topics that they were meant for, with
 the letter's id in the header mqtt.dlq.id. A record that is there already is not written a second time, also when an
 earlier redrive was interrupted: the target is searched from the time of the oldest letter on. A letter without its
 record (too large, left out by configuration) cannot be redriven, nor can what newer messages have replaced.
+
+A record that was no message goes out as it was, and is a dead letter again, unless it is mended: --value FILE writes
+what is in the file instead, for the one letter that --id names.
 
 Shows what it would do; --execute does it. One redrive at a time, of {MOST_LETTERS} letters at most.
 
@@ -65,6 +71,9 @@ class DlqCommand:
         how = redrive.add_mutually_exclusive_group()
         how.add_argument("--dry-run", action="store_true", help="only show what would be done (the default)")
         how.add_argument("--execute", action="store_true", help="do it")
+        redrive.add_argument(
+            "--value", type=Path, metavar="FILE", help="write the content of this file instead: one letter, mended"
+        )
         add_filter(redrive)
 
     def run(self, arguments: argparse.Namespace, context: CommandContext) -> int:
@@ -83,6 +92,8 @@ class DlqCommand:
             plans = plan_topics(options, context.archive_topics)
             targets = {p.name for p in plans if p.section in ("Kafka.Topics.Archive", "Kafka.Topics.Messages")}
             redriver = Redriver(admin, consumer, options, context.console, targets | set(wanted.targets))
+            if arguments.value is not None:
+                redriver.value = read_value(arguments.value)
             return redriver.run(box, wanted, execute=arguments.execute)
 
 
@@ -106,6 +117,22 @@ def open_consumer(options: KafkaOptions) -> Iterator[Consumer]:
         yield consumer
     finally:
         consumer.close()
+
+
+def read_value(path: Path) -> bytes:
+    """Return what a record shall hold instead of what it held.
+
+    Raises:
+      GatewayError: the file cannot be read, or is too large for any record.
+    """
+    try:
+        with path.open("rb") as file:
+            value = file.read(LARGEST_VALUE + 1)
+    except OSError as exc:
+        raise GatewayError(f"{path} cannot be read: {exc.strerror}", retriable=False) from None
+    if len(value) > LARGEST_VALUE:
+        raise GatewayError(f"{path} has more than {LARGEST_VALUE} bytes, too many for a record", retriable=False)
+    return value
 
 
 def _limit(text: str) -> int:

@@ -24,6 +24,7 @@ from gateways.kafka.options import KafkaOptions
 from gateways.kafka.records import ConsumedRecord
 from gateways.kafka.topic_plan import TopicState
 from gateways.kafka.topic_reader import ConsumerLike, read_range, total
+from mqtt_trio.errors import GatewayError
 
 if TYPE_CHECKING:
     from mqtt_trio.gateway import Console
@@ -70,12 +71,14 @@ class Redriver:
         self._options = options
         self._console = console
         self._targets = targets
+        self.value: bytes | None = None
+        """What the record of the one letter shall hold instead: somebody has mended it."""
 
     def run(self, box: Letterbox, wanted: LetterFilter, *, execute: bool) -> int:
         """Show what is to be done, do it if told to; return the exit code.
 
         Raises:
-          GatewayError: another redrive is running, or Kafka does not do its part.
+          GatewayError: another redrive is running, Kafka does not do its part, or a value is given for several letters.
         """
         if not execute:
             self._prepare(box, wanted)
@@ -89,6 +92,7 @@ class Redriver:
         """Return what is to be written, in the order in which it was published; and what is there already, by id."""
         found = self._collect(box, wanted)
         box.report(self._console)
+        self._mend(found)
         sizes = self._sizes(found)
         there = self._search(list(found.pending.values()), sizes)
         todo = [one for identity, one in found.pending.items() if identity not in there]
@@ -115,6 +119,15 @@ class Redriver:
                 found.pending[entry.letter.id] = Pending(entry.letter, record)
                 found.size += record.size
         return found
+
+    def _mend(self, found: Collected) -> None:
+        if self.value is None or not found.pending:
+            return
+        if len(found.pending) > 1:
+            text = f"--value mends one letter, and {len(found.pending)} match: name it with --id"
+            raise GatewayError(text, retriable=False)
+        ((identity, one),) = found.pending.items()
+        found.pending[identity] = Pending(one.letter, attrs.evolve(one.record, value=self.value))
 
     def _obstacle(self, letter: DeadLetter) -> str | None:
         if letter.record is None:

@@ -26,6 +26,7 @@ from gateways.kafka.poller import Assignment
 from gateways.kafka.precheck import probe
 from gateways.kafka.presence import watch_presence
 from gateways.kafka.records import ConsumedRecord
+from gateways.kafka.stream import Stream
 from gateways.kafka.topic_plan import DEFAULTS, plan_topics
 from gateways.kafka.topics import TopicManager
 from mqtt_trio.errors import ConfigError
@@ -59,6 +60,7 @@ class KafkaGateway:
         self._mappers: list[RecordMapper] = []
         self._stores: list[KafkaArchiveStore] = []
         self._bus: Bus | None = None
+        self._stream: Stream | None = None
         self._topics: TopicManager | None = None
 
     def archive_store(
@@ -68,8 +70,12 @@ class KafkaGateway:
         `spooled`: the group has a spool.
 
         Raises:
-          ConfigError: something is missing that the format needs.
+          ConfigError: something is missing that the format needs, or the topic is the stream of messages: what is
+            archived there would be published again, for ever.
         """
+        if self.options.has_stream and topic == self.options.messages_topic:
+            text = f"archive group {name}: KafkaTopic = {topic} is the stream of [Kafka.Topics.Messages]; name another"
+            raise ConfigError([text])
         if self._archive is None:
             self._archive = ProducerBridge(
                 self.options,
@@ -128,6 +134,9 @@ class KafkaGateway:
                     nursery.start_soon(watch_presence, self.cluster)
                 with trio.move_on_after(START_PATIENCE):
                     await self._topics.looked.wait()
+            if self.options.has_stream:
+                self._stream = Stream(self.options, self.cluster, host, self.dead_letters)
+                await nursery.start(self._stream.run)
             task_status.started()
             await trio.sleep_forever()
 
@@ -177,11 +186,13 @@ class KafkaGateway:
 
     def unready(self) -> Sequence[str]:
         """Say what of Kafka is missing that clients of this node rely on: nothing does while neither the bus nor an
-        archive group uses it."""
+        archive group nor the stream of messages uses it."""
         topics = dict.fromkeys(mapper.topic for mapper in self._mappers)
         if self.options.bus.enabled:
             topics[self.options.bus_topic] = None
             topics[self.options.topics.retained.name or DEFAULTS["retained"].name] = None
+        if self.options.has_stream:
+            topics[self.options.messages_topic] = None
         if not topics:
             return []
         if (reason := self.cluster.reason) is not None:
@@ -195,6 +206,11 @@ class KafkaGateway:
         if self._bus is not None and not self._bus.ready:
             reasons.append("this node has not joined the bus yet")
         return reasons
+
+    async def stop_intake(self) -> None:
+        """Publish nothing more of mqtt.messages, leave its group. Bounded by the caller's cancel scope."""
+        if self._stream is not None:
+            await self._stream.stop_intake()
 
     async def stop(self) -> None:
         """Ship what is held, close. Bounded by the caller's cancel scope: cancelled, everything closes by force."""
@@ -228,6 +244,10 @@ class KafkaGateway:
             lines.extend(self._bus.describe())
         else:
             lines.append("bus: off; turn it on with [Kafka.Bus] Enabled = true")
+        if self._stream is not None:
+            lines.append(self._stream.describe())
+        else:
+            lines.append("stream of messages: off; turn it on with [Kafka.Topics.Messages] Enabled = true")
         return lines
 
     def counters(self) -> dict[str, int]:
@@ -237,6 +257,8 @@ class KafkaGateway:
             counters |= {f"archive_{name}": value for name, value in self._archive.counters().items()}
         if self._bus is not None:
             counters |= self._bus.counters()
+        if self._stream is not None:
+            counters |= self._stream.counters()
         return counters | self.dead_letters.counters()
 
     def figures(self) -> Iterator[Figure]:

@@ -78,6 +78,17 @@ _RETAINED: Final = {
     "records_unknown_version": "Records of retained messages in a version that this node does not know; left out.",
 }
 
+_STREAM: Final = {
+    "records_own": "Records of the stream of messages that a node of this deployment had written; left out.",
+    "messages_published": "Messages that others had put into the stream, and that were published.",
+    "records_malformed": "Records of the stream that are no message; dead letters.",
+    "records_repeated": "Records of the stream that came again to a node that had published them; left out.",
+    "records_left": "Records of the stream that were left to the node which has their partition now.",
+    "records_undelivered": "Records of the stream that something did not keep, or that met an error; dead letters.",
+    "records_waiting": "Gauge: records of the stream that are published and not kept yet.",
+    "partitions": "Gauge: partitions of the stream that this node reads.",
+}
+
 _DLQ: Final = {
     "letters": "Dead letters, written or not.",
     "letters_written": "Dead letters that Kafka has confirmed.",
@@ -93,6 +104,8 @@ MEANINGS: Final[Mapping[str, str]] = {
     **{f"bus_producer_{name}": f"{_PRODUCER[name][:-1]}, of the bus." for name in sorted(OF_THREADS)},
     **{f"bus_consumer_{name}": f"{meaning[:-1]}, of the bus." for name, meaning in _CONSUMER.items()},
     **{f"retained_{name}": meaning for name, meaning in _RETAINED.items()},
+    **{f"stream_{name}": meaning for name, meaning in _STREAM.items()},
+    **{f"stream_consumer_{name}": f"{meaning[:-1]}, of the stream." for name, meaning in _CONSUMER.items()},
     **{f"dlq_{name}": meaning for name, meaning in _DLQ.items()},
     **{f"dlq_{reason}": f"Dead letters because of {reason}." for reason in Reason},
 }

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 import attrs
 
 from gateways.kafka.command_arguments import EXIT_FAILURE, add_common, options_of, table
-from gateways.kafka.groups import MESSAGES_GROUP, bus_group, node_of
+from gateways.kafka.groups import bus_group, node_of
 from gateways.kafka.offset_reset import Administrator, Order, Partition, Resetter, existing, target, topic_partitions
 from gateways.kafka.options import KafkaOptions
 from mqtt_trio.errors import GatewayError
@@ -104,6 +104,7 @@ class Show:
         self._admin = admin
         self._console: Console = context.console
         self._node_id = context.node_id
+        self._messages_group = options_of(context.options).topics.messages.group
 
     def run(self, groups: Sequence[str], topics: Sequence[str], *, as_json: bool) -> int:
         """Print; return the exit code."""
@@ -133,8 +134,10 @@ class Show:
 
     def _ours(self) -> list[str]:
         """Our groups: those that Kafka lists, and those that must be ours where it may not list them."""
-        listed = [name for name in self._admin.group_names() if name == MESSAGES_GROUP or node_of(name) is not None]
-        return sorted({*listed, MESSAGES_GROUP, bus_group(self._node_id)})
+        listed = [
+            name for name in self._admin.group_names() if name == self._messages_group or node_of(name) is not None
+        ]
+        return sorted({*listed, self._messages_group, bus_group(self._node_id)})
 
     def _rows(self, group: str, topics: Sequence[str]) -> list[Row]:
         committed = self._admin.committed(group)

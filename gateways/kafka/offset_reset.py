@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
 import attrs
 
 from gateways.kafka.command_arguments import EXIT_FAILURE, table
-from gateways.kafka.groups import MESSAGES_GROUP, GroupState, node_of
+from gateways.kafka.groups import GroupState, node_of
 from gateways.kafka.node_watch import LISTEN, ConsumerLike, hears_from
 from gateways.kafka.options import KafkaOptions
 from gateways.kafka.topic_plan import TopicState
@@ -168,7 +168,7 @@ class Resetter:
     def _check_group(self, name: str) -> None:
         group = self._admin.group(name)
         if group is None:
-            if name == MESSAGES_GROUP:  # its first members begin there
+            if name == self._options.topics.messages.group:  # its first members begin there
                 return
             near = difflib.get_close_matches(name, self._admin.group_names(), n=3)
             hint = f"; did you mean {' or '.join(near)}?" if near else ""

@@ -8,6 +8,8 @@ from typing import Any, Final
 import attrs
 from attrs.validators import ge, gt, in_, le, matches_re, optional
 
+from gateways.kafka.groups import MESSAGES_GROUP
+
 TOPIC_NAME = r"(?!\.{1,2}$)[a-zA-Z0-9._-]{1,249}"
 DEFAULT_SERVERS = "localhost:9092"
 
@@ -146,11 +148,43 @@ class TopicOptions:
     """Any topic property of Kafka, such as `retention.ms`."""
 
 
+def as_filters(value: str | list[str] | tuple[str, ...]) -> tuple[str, ...]:
+    """One filter stands for a list of one."""
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+def check_filters(_instance: object, _attribute: attrs.Attribute[Any], filters: tuple[str, ...]) -> None:
+    """Validate Topic Filters of a stream."""
+    from mqtt_trio.errors import MqttTrioError
+    from mqtt_trio.gateway import is_system_topic, validate_topic_filter
+
+    for topic_filter in filters:
+        try:
+            validate_topic_filter(topic_filter)
+        except MqttTrioError as exc:
+            raise ValueError(f"{topic_filter!r} is not a Topic Filter: {exc}") from None
+        if topic_filter.startswith("$share/"):
+            raise ValueError(f"{topic_filter!r}: the stream shares with nobody, give the filter without $share")
+        if is_system_topic(topic_filter):
+            raise ValueError(f"{topic_filter!r}: $SYS topics are never in the stream")
+
+
+@attrs.frozen(kw_only=True)
+class MessagesOptions(TopicOptions):
+    """[Kafka.Topics.Messages]: the public stream of messages, both ways [K11]."""
+
+    filter: tuple[str, ...] = attrs.field(default=("#",), converter=as_filters, validator=check_filters)
+    """Topic Filters of what is written to the stream; a plain string is one filter, an empty list writes nothing. What
+    others put into it is published whatever its topic, but never to $SYS."""
+    group: str = attrs.field(default=MESSAGES_GROUP, validator=matches_re(r"[\x21-\x7e]{1,255}"))
+    """The consumer group in which the nodes share the work of reading it; two deployments on one Kafka need two."""
+
+
 @attrs.frozen(kw_only=True)
 class TopicsOptions:
     """[Kafka.Topics]"""
 
-    messages: TopicOptions = TopicOptions()
+    messages: MessagesOptions = MessagesOptions()
     archive: TopicOptions = TopicOptions()
     events: TopicOptions = TopicOptions()
     metrics: TopicOptions = TopicOptions()
@@ -210,11 +244,27 @@ class KafkaOptions:
         bus = self.topics.bus.name
         if bus is not None and bus != self.bus.topic and self.bus.topic != "monster":
             raise ValueError("Bus.Topic and Topics.Bus.Name name different topics; keep one of them")
+        topics = self.topics
+        others = {
+            self.bus_topic, self.archive_topic, topics.retained.name or "mqtt.retained", topics.dlq.name or "mqtt.dlq"
+        }  # fmt: skip
+        if self.has_stream and self.messages_topic in others:
+            raise ValueError(f"Topics.Messages needs a topic of its own: {self.messages_topic} is used for another")
 
     @property
     def server_names(self) -> list[str]:
         """`host:port` of each server to begin with."""
         return names_of(self.servers) or names_of(self.bootstrap_servers) or [DEFAULT_SERVERS]
+
+    @property
+    def has_stream(self) -> bool:
+        """mqtt.messages is read and written."""
+        return bool(self.topics.messages.enabled)
+
+    @property
+    def messages_topic(self) -> str:
+        """Name of the public stream of messages."""
+        return self.topics.messages.name or "mqtt.messages"
 
     @property
     def bus_topic(self) -> str:

@@ -112,7 +112,9 @@ def is_used(purpose: str, options: KafkaOptions) -> bool:
         return options.bus.enabled
     if purpose == "metrics":
         return options.metrics.enabled
-    return purpose == "dlq"  # archive topics come with their groups; nothing writes messages and events yet
+    if purpose == "messages":
+        return options.has_stream
+    return purpose == "dlq"  # archive topics come with their groups; nothing writes events yet
 
 
 def plan_for(purpose: str, options: TopicOptions, name: str | None = None) -> TopicPlan:

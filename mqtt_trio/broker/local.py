@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Final
+
+import attrs
 
 from mqtt_trio.broker.broker import Broker
 from mqtt_trio.broker.delivery import Encodings
@@ -13,8 +15,9 @@ from mqtt_trio.broker.lane_frames import first_frame
 from mqtt_trio.broker.message import Message
 from mqtt_trio.broker.outbox import Outbox
 from mqtt_trio.broker.session import Delivery, Session
-from mqtt_trio.broker.tap import FrameRun, read_run
+from mqtt_trio.broker.tap import FrameRun, Hold, Refused, TapRoute, read_run
 from mqtt_trio.protocol.codes import ProtocolVersion
+from mqtt_trio.protocol.topics import is_system_topic
 
 OF_NETWORK_CLIENTS: Final = (
     "packets_received",
@@ -24,6 +27,19 @@ OF_NETWORK_CLIENTS: Final = (
     "messages_received_qos2",
 )
 """Counters that the fast lane moves and that are not about publishers inside."""
+
+
+@attrs.define(eq=False)
+class Parcel:
+    """A message that must not be lost, on its way from outside through the taps to the subscribers."""
+
+    message: Message
+    taken: list[TapRoute] = attrs.Factory(list)
+    """Taps that have taken it."""
+    holds: list[Hold] = attrs.Factory(list)
+    """What these ask to wait for before the message is acknowledged where it came from."""
+    brought: bool = False
+    """It is published."""
 
 
 class LocalPublisher:
@@ -53,6 +69,45 @@ class LocalPublisher:
             self.broker.metrics.messages_local += 1
             self.broker.publish(message, now, tapped=tapped)
         self.broker.flush()
+
+    def bring(self, parcels: Sequence[Parcel]) -> int:
+        """Publish messages that must not be lost, up to the first one that a tap refuses; return how many."""
+        now, broker = self.clock(), self.broker
+        count = 0
+        for parcel in parcels:
+            message = parcel.message
+            audience = broker.audience(message.topic_name, message.client_id)
+            if not self._all_take(parcel, audience.taps):
+                break
+            if message.retain:
+                broker.inbound.retain(message, waits=True)
+            broker.metrics.messages_local += 1
+            broker.sender.deliver(message, audience, now)
+            parcel.brought = True
+            count += 1
+        broker.flush()
+        return count
+
+    @staticmethod
+    def _all_take(parcel: Parcel, taps: Sequence[TapRoute]) -> bool:
+        """Show a message to the taps that have not taken it, up to one that refuses."""
+        for tap in taps:
+            if any(tap is known for known in parcel.taken):
+                continue
+            answer = tap.take(parcel.message)
+            if isinstance(answer, Refused):
+                return False
+            parcel.taken.append(tap)
+            if answer is not None:
+                parcel.holds.append(answer)
+        return True
+
+    def objection(self, topic_name: str) -> str | None:
+        """Why no client may publish to a Topic Name, as `Inbound.publish` has it."""
+        if is_system_topic(topic_name):
+            return "$SYS is the broker's own"
+        levels = self.broker.limits.topic_levels
+        return f"a Topic Name of more than {levels} levels" if topic_name.count("/") >= levels else None
 
     def publish_runs(self, runs: Iterable[FrameRun]) -> None:
         """Deliver runs of frames; no tap sees them."""

@@ -46,6 +46,7 @@ class MemoryBroker:
         self.storage: Storage | None = None
         """What commits to the store, where the broker has one."""
         self.host = Host(broker, node_id="memory", instance_id=bytes(16))
+        self.host.complete.set()
         """The broker as gateways see it."""
 
     def utc_now(self) -> float:

@@ -15,7 +15,7 @@ from gateways.kafka.poller import Began
 from gateways.kafka.records import ConsumedRecord, Record
 from mqtt_trio.archive.spool import Spool, inline, spool_path
 from mqtt_trio.errors import GatewayError, StartError
-from mqtt_trio.gateway import FrameRun, LocalClient, Message, Newcomer, ProtocolVersion, Spread, Tap
+from mqtt_trio.gateway import FrameRun, LocalClient, Message, Newcomer, Parcel, ProtocolVersion, Spread, Tap
 
 LATENCY = 0.001
 """Seconds between an offer and its confirmation."""
@@ -220,6 +220,13 @@ class FakeLocal:
         assert not tapped
         self.seen += messages
 
+    def bring(self, parcels: Sequence[Parcel]) -> int:
+        self.seen += [parcel.message for parcel in parcels]
+        return len(parcels)
+
+    def objection(self, topic_name: str) -> str | None:
+        return None
+
     def publish_runs(self, runs: Iterable[FrameRun]) -> None:
         self.seen += runs
 
@@ -249,6 +256,8 @@ class FakeHost:
     def __init__(self, node_id: str, instance_id: bytes) -> None:
         self.node_id = node_id
         self.instance_id = instance_id
+        self.complete = trio.Event()
+        self.complete.set()
         self.local = FakeLocal()
         self.taps: list[Tap] = []
         self.stopped: list[bool] = []

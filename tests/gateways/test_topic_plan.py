@@ -7,7 +7,14 @@ from typing import Any
 import attrs
 import pytest
 
-from gateways.kafka.options import BusOptions, KafkaOptions, MetricsOptions, TopicOptions, TopicsOptions
+from gateways.kafka.options import (
+    BusOptions,
+    KafkaOptions,
+    MessagesOptions,
+    MetricsOptions,
+    TopicOptions,
+    TopicsOptions,
+)
 from gateways.kafka.topic_plan import (
     DEFAULTS,
     KafkaTools,
@@ -60,7 +67,9 @@ def test_the_defaults_are_those_of_the_requirements() -> None:
         (KafkaOptions(metrics=MetricsOptions(enabled=True)), [], {"mqtt.dlq", "mqtt.metrics"}),
         (KafkaOptions(topics=TopicsOptions(dlq=TopicOptions(enabled=False))), [], set()),
         (
-            KafkaOptions(topics=TopicsOptions(messages=TopicOptions(enabled=True), archive=TopicOptions(enabled=True))),
+            KafkaOptions(
+                topics=TopicsOptions(messages=MessagesOptions(enabled=True), archive=TopicOptions(enabled=True))
+            ),
             [],
             {"mqtt.dlq", "mqtt.messages", "mqtt.archive"},
         ),

@@ -14,14 +14,21 @@ import trio
 from gateways.kafka import workers
 from gateways.kafka.admin import Admin
 from gateways.kafka.cluster import Cluster
-from gateways.kafka.options import BusOptions, KafkaOptions, MetricsOptions, TopicOptions, TopicsOptions
+from gateways.kafka.options import (
+    BusOptions,
+    KafkaOptions,
+    MessagesOptions,
+    MetricsOptions,
+    TopicOptions,
+    TopicsOptions,
+)
 from gateways.kafka.topic_plan import DENIED, TopicPlan, plan_topics
 from gateways.kafka.topics import TopicManager, survey
 from tests.kafka_fakes import FakeAdmin
 from tests.kafka_support import KafkaNode, unique_name
 
 DAY = 24 * 3600 * 1000
-EVERYTHING = TopicsOptions(messages=TopicOptions(enabled=True), events=TopicOptions(enabled=True))
+EVERYTHING = TopicsOptions(messages=MessagesOptions(enabled=True), events=TopicOptions(enabled=True))
 OPTIONS = KafkaOptions(
     servers="kafka:9092", bus=BusOptions(enabled=True), metrics=MetricsOptions(enabled=True), topics=EVERYTHING
 )

@@ -1,0 +1,84 @@
+"""The member of a group that reads the stream of messages, as `GroupPoller` uses it [K11].
+
+Cooperative: in a rebalance a member goes on with what it keeps. It joins dynamically: a node that was killed leaves its
+partitions to others when its session ends, ten seconds later, one that stops in order at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Final
+
+import attrs
+import kafka.errors as kafka_errors
+from kafka import TopicPartition
+
+from gateways.kafka.client_metrics import ClientFigures, ClientMetrics, FetchWatch
+from gateways.kafka.member_consumer import GroupListener, MemberConsumer, pairs, stored
+from gateways.kafka.options import KafkaOptions
+from gateways.kafka.poller import Partition
+
+POSITION_TIMEOUT_MS: Final = 1000
+NotStored = Callable[[Mapping[Partition, int], Exception], None]
+
+
+class StreamConsumer(MemberConsumer):
+    """A member of a group of one topic. Where the group has no offset yet, reading begins with the oldest record."""
+
+    def __init__(self, options: KafkaOptions, name: str, group: str, topic: str, listener: GroupListener) -> None:
+        """Connect. Blocks for three seconds at most.
+
+        Raises:
+          kafka.errors.KafkaError: no broker answers, or does not let us in.
+        """
+        super().__init__(options, name, group, [topic], listener)
+        self._metrics = ClientMetrics(self._consumer, "consumer")
+        self._fetches = FetchWatch(self._consumer._fetcher, kafka_errors.Cancelled)
+
+    def partitions(self, topic: str) -> list[int]:
+        """Return the partitions of `topic` as the client knows them; none when there is no such topic."""
+        return sorted(self._consumer.partitions_for_topic(topic) or ())
+
+    def identity(self, topic: str) -> object:
+        """Return what tells `topic` from an earlier one of its name; None: the client does not know."""
+        return self._consumer._client.cluster.topic_id(topic)
+
+    def owned(self) -> frozenset[Partition]:
+        """Return the partitions that are ours."""
+        return frozenset(pairs(self._consumer.assignment()))
+
+    def position(self, partition: Partition) -> int:
+        """Return the offset of the next record to be polled."""
+        return int(self._consumer.position(TopicPartition(*partition), POSITION_TIMEOUT_MS) or 0)
+
+    def highwater(self, partition: Partition) -> int | None:
+        """Return the end of the partition as of the last fetch."""
+        found: int | None = self._consumer.highwater(TopicPartition(*partition))
+        return found
+
+    def latest_ends(self, partitions: Sequence[Partition]) -> dict[Partition, int]:
+        """Return the ends of the partitions; gives up after a second."""
+        found = self._consumer.end_offsets([TopicPartition(*p) for p in partitions], POSITION_TIMEOUT_MS)
+        return {(p.topic, p.partition): offset for p, offset in found.items()}
+
+    def figures(self) -> ClientFigures:
+        """Return what the client says about itself, and how its fetches fared."""
+        watch = self._fetches
+        return attrs.evolve(self._metrics.read(), failed_fetches=watch.failed, answered_at=watch.answered_at)
+
+    def store(self, offsets: Mapping[Partition, int], failed: NotStored) -> None:
+        """Store offsets in the group; a later `poll` tells when Kafka did not take them."""
+        self._consumer.commit_async(stored(offsets), callback=partial(answered, offsets, failed))
+
+    def store_now(self, offsets: Mapping[Partition, int], timeout: float) -> None:
+        """Store offsets and wait for Kafka's answer, `timeout` seconds at most; a failure is not told."""
+        with suppress(Exception):
+            self.commit(offsets, timeout)
+
+
+def answered(offsets: Mapping[Partition, int], failed: NotStored, _stored: object, answer: object) -> None:
+    """Kafka has answered a commit."""
+    if isinstance(answer, Exception):
+        failed(offsets, answer)

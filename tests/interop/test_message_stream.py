@@ -1,0 +1,189 @@
+"""Outside producers and MQTT subscribers meet in mqtt.messages, on a real Kafka [K11, K12]."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+from kafka import KafkaAdminClient, KafkaProducer
+
+from mqtt_trio.__main__ import main
+from tests.interop.broker_process import Brokers
+from tests.interop.cluster import Cluster, committed_offsets, read_topic
+from tests.interop.lines import wait_until
+from tests.interop.paho_support import Heard, PahoClient, retained_at
+from tests.kafka_support import KafkaNode, unique_name
+
+pytestmark = [
+    pytest.mark.interop,
+    pytest.mark.kafka,
+    # Producers are written like that, and kafka-python serves them.
+    pytest.mark.filterwarnings("ignore:value_serializer does not implement:DeprecationWarning"),
+]
+PARTITIONS = 6
+JOIN_LIMIT = 60.0
+"""Seconds: a member that was killed is waited for by its group for a while."""
+
+
+@attrs.frozen
+class Stream:
+    """The topics and the group of one test."""
+
+    cluster: Cluster
+    messages: str = attrs.field(factory=lambda: unique_name("messages"))
+    dlq: str = attrs.field(factory=lambda: unique_name("dlq"))
+    group: str = attrs.field(factory=lambda: unique_name("group"))
+
+    def config(self) -> str:
+        return self.cluster.config(
+            f"""
+[Kafka.Topics.Messages]
+Enabled = true
+Name = "{self.messages}"
+Group = "{self.group}"
+Partitions = {PARTITIONS}
+[Kafka.Topics.Dlq]
+Name = "{self.dlq}"
+"""
+        )
+
+    @property
+    def stored(self) -> dict[int, int]:
+        """The group's offsets."""
+        found = committed_offsets(self.cluster.kafka, self.group)
+        return {number: offset for (topic, number), offset in found.items() if topic == self.messages}
+
+    @property
+    def shares(self) -> list[int]:
+        """How many partitions each member of the group has."""
+        admin = KafkaAdminClient(bootstrap_servers=self.cluster.kafka.servers)
+        try:
+            facts = admin.describe_groups([self.group])[self.group]
+        finally:
+            admin.close()
+        assigned = [member["member_assignment"] for member in facts["members"]]
+        return sorted(sum(len(each["partitions"]) for each in one["assigned_partitions"]) for one in assigned if one)
+
+    def is_done(self, records: int) -> bool:
+        """Say whether so many records are done with, as the group sees it."""
+        return sum(self.stored.values()) == records
+
+    @contextmanager
+    def producer(self) -> Iterator[KafkaProducer]:
+        """The producer of somebody who knows Kafka and not this broker."""
+        made = KafkaProducer(
+            bootstrap_servers=[self.cluster.kafka.servers], value_serializer=lambda v: json.dumps(v).encode("utf-8")
+        )
+        try:
+            yield made
+            made.flush(30)
+        finally:
+            made.close()
+
+    def put(self, *values: dict[str, Any], **more: Any) -> None:
+        with self.producer() as producer:
+            for value in values:
+                producer.send(self.messages, value, **more)
+
+
+@pytest.fixture
+def stream(kafka: KafkaNode) -> Stream:
+    return Stream(Cluster(kafka))
+
+
+def numbered(topic: str, count: int, first: int = 0) -> list[dict[str, Any]]:
+    moment = "2024-01-15T10:00:00Z"
+    return [{"topic": f"{topic}/{n % 7}", "payload": f"{n}", "timestamp": moment} for n in range(first, first + count)]
+
+
+def test_an_outside_producer_reaches_subscribers_of_every_node_once(
+    stream: Stream, brokers: Brokers, topic: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nodes = [brokers.start(stream.config(), name=f"node-{letter}") for letter in "ab"]
+    with ExitStack() as stack:
+        clients = [stack.enter_context(PahoClient(node)) for node in nodes]
+        for client in clients:
+            client.subscribe(f"{topic}/+", qos=2)
+        wait_until(lambda: stream.shares == [3, 3], "both nodes have their share", JOIN_LIMIT)
+        stream.put(*numbered(topic, 200))
+        for client in clients:
+            got = client.received(200)
+            assert Counter(message.payload for message in got) == Counter(b"%d" % n for n in range(200))
+        wait_until(lambda: stream.is_done(200), "all offsets in the group", JOIN_LIMIT)
+
+        # What has a key, a header of Spring's, and everything else that a record of ours may have.
+        whole = {
+            "topic": f"{topic}/whole", "payload": "/wA=", "payloadEncoding": "base64", "qos": 2, "retained": True,
+            "clientId": "maker", "headers": {"contentType": "x/y", "userProperties": [["a", "1"]]},
+        }  # fmt: skip
+        stream.put(whole, key=b"some key", headers=[("__TypeId__", b"com.example.MqttMessage")])
+        wanted = Heard(f"{topic}/whole", b"\xff\0", 2, False, (("a", "1"),), "x/y")
+        for client in clients:
+            assert client.received(201)[200:] == [wanted]
+        kept = attrs.evolve(wanted, retain=True)
+        wait_until(lambda: [retained_at(node, f"{topic}/whole") for node in nodes] == [kept, kept], "the retained one")
+
+        # What is no message is a letter; mended, it comes once.
+        stream.put({"topic": f"{topic}/mended"}, {"topic": f"{topic}/end", "payload": "end"})
+        for client in clients:
+            assert client.received(202)[201:] == [Heard(f"{topic}/end", b"end", 1)]
+        wait_until(lambda: stream.is_done(203), "all offsets in the group")
+        (record,) = read_topic(stream.cluster.kafka, stream.dlq)
+        letter = json.loads(record.value)
+        assert (letter["reason"], letter["stage"], letter["error"]) == ("malformed", "consume", "payload is missing")
+        source = letter["source"]
+        assert (source["type"], source["topic"]) == ("kafka", stream.messages)
+        place = [r for r in read_topic(stream.cluster.kafka, stream.messages) if r.partition == source["partition"]]
+        assert json.loads(place[source["offset"]].value) == {"topic": f"{topic}/mended"}
+        mended = tmp_path / "mended.json"
+        mended.write_text(json.dumps({"topic": f"{topic}/mended", "payload": "now"}))
+        command = ["dlq", "redrive", "--config", str(nodes[0].config_file), "--id", letter["id"][:12]]
+        command += ["--value", str(mended), "--execute"]
+        assert main(command) == 0
+        assert "1 of 1 records were written" in capsys.readouterr().out
+        assert main(command) == 0
+        assert "There is nothing to write" in capsys.readouterr().out
+        stream.put({"topic": f"{topic}/end", "payload": "end"})
+        for client in clients:
+            more = client.received(204)[202:]
+            assert sorted(message.payload for message in more) == [b"end", b"now"]
+    for node in nodes:
+        node.stop()
+    totals: Counter[str] = Counter()
+    for node in nodes:
+        totals.update(node.counters())
+    assert totals["kafka.stream_messages_published"] == 204
+    assert totals["kafka.stream_records_malformed"] == 1
+    assert all(node.counters().get("kafka.stream_messages_published") for node in nodes), "they share the work"
+
+
+def test_a_killed_node_loses_nothing_for_clients_that_come_back_late(
+    stream: Stream, brokers: Brokers, topic: str
+) -> None:
+    """Records go on coming while one of two nodes is killed and started again, and nobody is connected."""
+    killed, other = (brokers.start(stream.config(), name=name) for name in ("node-a", "node-b"))
+    for node, name in ((killed, "late-a"), (other, "late-b")):
+        with PahoClient(node, client_id=name, clean=False, session_expiry_interval=600) as client:
+            client.subscribe(f"{topic}/#", qos=1)
+    values = numbered(topic, 600)
+    with stream.producer() as producer:
+        for number, value in enumerate(values):
+            producer.send(stream.messages, value)
+            if number == 300:
+                producer.flush(30)
+                wait_until(lambda: sum(stream.stored.values()) > 50, "some are done with", JOIN_LIMIT)
+                killed.kill()
+    risen = brokers.make(stream.config(), name="risen", node_id="node-a")
+    risen.data = killed.data
+    risen.start()
+    wait_until(lambda: stream.is_done(600), "all are done with", JOIN_LIMIT)
+    wanted = {b"%d" % number for number in range(600)}
+    for node, name in ((risen, "late-a"), (other, "late-b")):
+        with PahoClient(node, client_id=name, clean=False, session_expiry_interval=600) as client:
+            wait_until(lambda: {message.payload for message in client.heard_so_far()} == wanted, f"all for {name}", 30)
