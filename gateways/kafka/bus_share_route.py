@@ -9,7 +9,7 @@ from gateways.kafka.bus_choices import encode_choices
 from gateways.kafka.bus_groups import Group, next_turn
 from gateways.kafka.bus_records import encode_run
 from gateways.kafka.bus_slots import Slot
-from mqtt_trio.gateway import Answer, FrameRun, Message
+from mqtt_trio.gateway import Answer, FrameRun, Message, Refused
 
 if TYPE_CHECKING:
     from gateways.kafka.bus_shares import BusShares
@@ -36,7 +36,7 @@ class ShareRoute:
         if not self._slot.will_take(run.qos):
             self._shares.here = None
             return self._slot.take_run(run)
-        return self._slot.take_packed(self._choose() + encode_run(run), run.count, run.qos)
+        return self._told(self._slot.take_packed(self._choose() + encode_run(run), run.count, run.qos))
 
     def take(self, message: Message) -> Answer:
         """Take one message from the full path."""
@@ -49,7 +49,13 @@ class ShareRoute:
         if item is None:
             shares.here = None  # no other node will have it
             return None
-        return slot.put(message, head + item)
+        return self._told(slot.put(message, head + item))
+
+    def _told(self, answer: Answer) -> Answer:
+        """What is refused reaches no other node, and this one's members where its publisher cannot be told (a Will)."""
+        if isinstance(answer, Refused):
+            self._shares.here = None
+        return answer
 
     def _choose(self) -> bytes:
         """Choose for each group, and say which of them this node serves."""

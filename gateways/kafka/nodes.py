@@ -115,7 +115,7 @@ class Nodes:
         """Another instance wrote a record about itself; it lies at `offset` of `partition`."""
         if header.kind is Kind.GOODBYE:
             if (node := self._pop(header.instance_id)) is not None:
-                log.info("node %s (%s, pid %d) left the bus", node.node_id, node.facts.host, node.facts.pid)
+                log.info("node %s (%s, pid %d) left the bus", node.node_id, facts.host, facts.pid)
             return
         if header.kind is not Kind.HELLO:  # a HELLO may be refused yet
             self._remember(header, facts)
