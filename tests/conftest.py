@@ -10,6 +10,7 @@ from tests.kafka_support import own_kafka as own_kafka
 from tests.kafka_support import secure_kafka as secure_kafka
 from tests.kafka_support import shared_cluster as shared_cluster
 from tests.kafka_support import three_kafkas as three_kafkas
+from tests.registry_support import schema_registry as schema_registry
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

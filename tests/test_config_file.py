@@ -56,6 +56,7 @@ def test_the_shipped_file_with_every_line_uncommented(tmp_path: Path) -> None:
             metrics=KafkaOptions().metrics,
             security=KafkaOptions().security,
             ssl=KafkaOptions().ssl,
+            schema_registry=KafkaOptions().schema_registry,
             producer={},
             consumer={},
         )

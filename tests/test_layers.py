@@ -66,6 +66,7 @@ ONLY_IN = {
         "gateways/kafka/precheck_steps.py",
         "gateways/kafka/security.py",
     },
+    "urllib3": {"gateways/kafka/schema_registry.py"},
     "sqlite3": {
         "mqtt_trio/archive/sqlite.py",
         "mqtt_trio/archive/sqlite_file.py",

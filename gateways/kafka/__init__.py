@@ -56,13 +56,14 @@ def check(options: KafkaOptions) -> None:
         installed.
     """
     try:
-        from gateways.kafka import workers
+        from gateways.kafka import schema_registry, workers
         from gateways.kafka.security import security_of
     except ImportError as exc:
         text = f"Kafka: {exc.name} is not installed; install mqtt-trio with its extra: pip install 'mqtt-trio[kafka]'"
         raise ConfigError([text]) from None
     workers.check_client_options(options)
     security_of(options).check()
+    schema_registry.check(options)
 
 
 def examine(options: object, archive_topics: Sequence[str | None]) -> Iterator[Finding]:

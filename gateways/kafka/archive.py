@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import Final, Protocol
 
 import trio
 
@@ -43,6 +43,20 @@ class Batch:
         self.done = done
 
 
+class Preparation(Protocol):
+    """What must be known before the first record can be made, such as the id of a schema."""
+
+    trouble: str | None
+    """Why it cannot be known at present."""
+
+    @property
+    def url(self) -> str:
+        """Who knows it."""
+
+    async def run(self, changed: Callable[[], None]) -> None:
+        """Find out, until the mapper `is_ready`; call `changed` after each attempt."""
+
+
 class KafkaArchiveStore:
     """One archive group in one topic; several share the gateway's archive producer.
 
@@ -55,13 +69,15 @@ class KafkaArchiveStore:
         bridge: ProducerBridge,
         mapper: RecordMapper,
         dead_letters: DeadLetters | None = None,
+        preparation: Preparation | None = None,
         *,
         spooled: bool = False,
     ) -> None:
-        """`dead_letters` get what no record can be made of; what Kafka refuses goes there from the bridge. `spooled`:
-        the group has a spool, so a record that finds its topic gone or closed is not given up. It waits for the topic,
-        in front of what is in the spool."""
+        """`dead_letters` get what no record can be made of; what Kafka refuses goes there from the bridge.
+        `preparation` makes the mapper ready: until then nothing is sent. `spooled`: the group has a spool, so a record
+        that finds its topic gone or closed is not given up. It waits for the topic, before what is in the spool."""
         self._bridge = bridge
+        self._preparation = preparation
         self._mapper = mapper
         self._dead_letters = dead_letters or DeadLetters()
         self._spooled = spooled
@@ -91,11 +107,21 @@ class KafkaArchiveStore:
         cluster = self._bridge.cluster
         cluster.listen(look_soon)
         try:
-            self._look()
-            task_status.started()
-            await trio.sleep_forever()
+            async with trio.open_nursery() as nursery:
+                if self._preparation is not None:
+                    nursery.start_soon(self._preparation.run, self._prepare)
+                self._look()
+                task_status.started()
+                await trio.sleep_forever()
         finally:
             cluster.unlisten(look_soon)
+
+    def _prepare(self) -> None:
+        """An attempt to make the mapper ready has ended. What waits goes first: others are told of the end of an
+        outage then, and submit more."""
+        if self._mapper.is_ready:
+            self._pump()
+        self._look()
 
     def _look(self) -> None:
         self._share_window()
@@ -112,7 +138,12 @@ class KafkaArchiveStore:
         if trouble is None and cluster.facts(topic) is None:
             found = cluster.trouble(topic)
             trouble = found.text if found is not None else cluster.away_for(TOPICS)
-        return trouble
+        return trouble or self.unprepared
+
+    @property
+    def unprepared(self) -> str | None:
+        """Why no record can be made at present; None: they can, as far as is known."""
+        return self._preparation.trouble if self._preparation is not None else None
 
     def _share_window(self) -> None:
         """Let the producer's other topics have the room of records that wait for a topic which is gone or closed: these
@@ -149,9 +180,9 @@ class KafkaArchiveStore:
             self._collect()
 
     def _pump(self) -> None:
-        """Give the producer what it has room for."""
-        self._waits_for_room = False
-        if self._lent is not None:
+        """Give the producer what it has room for, once records can be made."""
+        self._waits_for_room = not self._mapper.is_ready
+        if self._waits_for_room or self._lent is not None:
             return
         bridge, backlog = self._bridge, self._backlog
         while backlog:
@@ -214,8 +245,12 @@ class KafkaArchiveStore:
             self.is_over = True
 
     def describe(self) -> str:
-        """Return the topic for the start-up summary."""
-        return f"Kafka topic {self._mapper.topic}"
+        """Return topic and format for the start-up summary."""
+        mapper = self._mapper
+        if mapper.form == "JSON":
+            return f"Kafka topic {mapper.topic}"
+        registry = "" if self._preparation is None else f", schema registry {self._preparation.url}"
+        return f"Kafka topic {mapper.topic} ({mapper.form}{registry})"
 
 
 def next_part(records: Sequence[MessageRecord], start: int) -> tuple[Sequence[MessageRecord], int]:

@@ -50,6 +50,8 @@ class AvroMapper(RecordMapper):
       is_ready: with a registry, the id is known; until then no record can be made.
     """
 
+    form = "AVRO"
+
     def __init__(self, topic: str, broker_id: str = "", *, registered: bool = False) -> None:
         """`registered`: values name their schema by the id that `use_id` sets."""
         super().__init__(topic, broker_id)

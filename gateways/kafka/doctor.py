@@ -23,7 +23,7 @@ from gateways.kafka.topic_plan import (
     plan_topics,
 )
 from gateways.kafka.topics import AdminLike, denied_text
-from mqtt_trio.errors import GatewayError
+from mqtt_trio.errors import ConfigError, GatewayError
 from mqtt_trio.gateway import Finding, Verdict
 
 TITLES: Final[Mapping[str, str]] = {
@@ -53,6 +53,8 @@ def examine(options: KafkaOptions, archive_topics: Sequence[str | None]) -> Iter
     reached = False
     for server in options.server_names:
         reached = (yield from _server(options, server)) or reached
+    if options.schema_registry.url is not None:
+        yield _registry(options)
     if not reached:
         yield Finding(Verdict.NOTE, "Kafka topics", "not looked at: no server lets us in")
         return
@@ -77,6 +79,17 @@ def _server(options: KafkaOptions, server: str) -> Generator[Finding, None, bool
         verdict = Verdict.OK if step.fault is None else Verdict.PROBLEM
         yield Finding(verdict, f"Kafka {server} {TITLES[step.name]}", step.text, step.mend)
     return steps[-1].fault is None
+
+
+def _registry(options: KafkaOptions) -> Finding:
+    from gateways.kafka.schema_registry import SchemaRegistry
+
+    registry = SchemaRegistry(options)
+    try:
+        registry.look()
+    except (GatewayError, ConfigError) as exc:
+        return Finding(Verdict.PROBLEM, "schema registry", str(exc))
+    return Finding(Verdict.OK, "schema registry", f"{registry.url} answers, and knows Avro")
 
 
 def _topics(admin: Examiner, options: KafkaOptions, plans: Sequence[TopicPlan]) -> Iterator[Finding]:

@@ -34,6 +34,7 @@ from mqtt_trio.gateway import ArchiveStore, Figure, GatewayHost
 
 if TYPE_CHECKING:
     from gateways.kafka.bus import Bus
+    from gateways.kafka.schema_ids import SchemaId, SchemaIds
 
 log = logging.getLogger("gateways.kafka")
 
@@ -59,6 +60,7 @@ class KafkaGateway:
         self._archive: ProducerBridge | None = None
         self._mappers: list[RecordMapper] = []
         self._stores: list[KafkaArchiveStore] = []
+        self._schema_ids: SchemaIds | None = None
         self._bus: Bus | None = None
         self._stream: Stream | None = None
         self._topics: TopicManager | None = None
@@ -86,11 +88,26 @@ class KafkaGateway:
                 window_bytes=self.options.window_bytes,
             )
             self._archive.on_refused = partial(self.dead_letters.refused, Stage.ARCHIVE)
-        mapper = make_mapper(topic or self.options.archive_topic, form, timestamps)
+        registered = self.options.schema_registry.url is not None
+        mapper = make_mapper(topic or self.options.archive_topic, form, timestamps, registered=registered)
         self._mappers.append(mapper)
-        store = KafkaArchiveStore(self._archive, mapper, self.dead_letters, spooled=spooled)
+        preparation = self._preparation_of(mapper)
+        store = KafkaArchiveStore(self._archive, mapper, self.dead_letters, preparation, spooled=spooled)
         self._stores.append(store)
         return store
+
+    def _preparation_of(self, mapper: RecordMapper) -> SchemaId | None:
+        """Return what asks the schema registry on behalf of a mapper that needs one."""
+        if mapper.is_ready:
+            return None
+        from gateways.kafka.avro import AvroMapper
+        from gateways.kafka.schema_ids import SchemaId, SchemaIds
+        from gateways.kafka.schema_registry import SchemaRegistry
+
+        assert isinstance(mapper, AvroMapper)
+        if self._schema_ids is None:
+            self._schema_ids = SchemaIds(SchemaRegistry(self.options))
+        return SchemaId(self._schema_ids, mapper)
 
     def _make_dlq(self) -> ProducerBridge | None:
         options = self.options
@@ -197,7 +214,7 @@ class KafkaGateway:
             return []
         if (reason := self.cluster.reason) is not None:
             return [f"Kafka at {', '.join(self.cluster.servers)} is away: {reason}"]
-        reasons = []
+        reasons = list(dict.fromkeys(text for store in self._stores if (text := store.unprepared) is not None))
         for topic in topics:
             if (trouble := self.cluster.trouble(topic)) is not None:
                 reasons.append(trouble.text)
@@ -255,6 +272,8 @@ class KafkaGateway:
         counters = {"outages": self.cluster.outages}
         if self._archive is not None:
             counters |= {f"archive_{name}": value for name, value in self._archive.counters().items()}
+        if self._schema_ids is not None:
+            counters["schema_registry_failures"] = self._schema_ids.failures
         if self._bus is not None:
             counters |= self._bus.counters()
         if self._stream is not None:
@@ -275,8 +294,8 @@ class KafkaGateway:
         return MEANINGS
 
 
-def make_mapper(topic: str, form: str, timestamps: str) -> RecordMapper:
-    """Return what makes records of a group's `Format`.
+def make_mapper(topic: str, form: str, timestamps: str, *, registered: bool) -> RecordMapper:
+    """Return what makes records of a group's `Format`; `registered`: AVRO values name the id of their schema.
 
     Raises:
       ConfigError: a library is not installed.
@@ -290,4 +309,4 @@ def make_mapper(topic: str, form: str, timestamps: str) -> RecordMapper:
     except ImportError as exc:
         text = f"Format AVRO: {exc.name} is not installed: pip install 'mqtt-trio[kafka]' brings it"
         raise ConfigError([text]) from None
-    return AvroMapper(topic)
+    return AvroMapper(topic, registered=registered)

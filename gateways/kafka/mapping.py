@@ -117,6 +117,8 @@ class RecordMapper:
     """Makes records of messages for one Kafka topic: keyed by the MQTT topic, at the publish time, with the facts as
     headers. What a value holds is said by a subclass."""
 
+    form = "JSON"
+    """`Format` of the group."""
     is_ready = True
     """Records can be made; False: not yet."""
     repeats_headers = False
@@ -155,6 +157,8 @@ class JsonMapper(RecordMapper):
 
 class RawMapper(RecordMapper):
     """The payload and nothing else; all the rest is in key and headers."""
+
+    form = "RAW"
 
     def value(self, message: Message, milliseconds: int) -> bytes:
         """Return the payload; empty, it is no null, which would be a deletion in a compacted topic."""

@@ -99,6 +99,7 @@ _DLQ: Final = {
 
 MEANINGS: Final[Mapping[str, str]] = {
     "outages": "Times that Kafka went away.",
+    "schema_registry_failures": "Attempts to learn the id of a schema that failed.",
     **{f"archive_{name}": f"{meaning[:-1]}, of archive groups." for name, meaning in _PRODUCER.items()},
     **{f"bus_{name}": meaning for name, meaning in _BUS.items()},
     **{f"bus_producer_{name}": f"{_PRODUCER[name][:-1]}, of the bus." for name in sorted(OF_THREADS)},

@@ -135,6 +135,49 @@ class SslOptions:
     is checked nevertheless."""
 
 
+STRATEGIES: Final = ("TopicNameStrategy", "RecordNameStrategy", "TopicRecordNameStrategy")
+
+
+def check_registry(_instance: object, _attribute: attrs.Attribute[Any], value: str | None) -> None:
+    """Validate the URL of a schema registry."""
+    if value is None:
+        return
+    try:
+        parts = urllib.parse.urlsplit(value)
+        host, _ = parts.hostname, parts.port
+    except ValueError as exc:
+        raise ValueError(f"expected an https:// or http:// URL: {exc}") from None
+    if parts.username is not None or parts.password is not None:
+        raise ValueError("the URL holds credentials; they belong into Username and Password")
+    if parts.scheme not in ("https", "http") or not host or parts.query or parts.fragment or not value.isprintable():
+        raise ValueError(f"expected an https:// or http:// URL without a query, got {value!r}")
+
+
+@attrs.frozen(kw_only=True)
+class SchemaRegistryOptions:
+    """[Kafka.SchemaRegistry]: where the schema of AVRO records is; without `url` they name none."""
+
+    url: str | None = attrs.field(default=None, validator=check_registry)
+    """The base of the registry's API, as Confluent's clients know it."""
+    username: str | None = None
+    password: str | None = attrs.field(default=None, repr=False, metadata=SECRET)
+    auto_register: bool = True
+    """Register our schema where it is not; false: somebody else does, and it is only looked up."""
+    subject_name_strategy: str = attrs.field(default="TopicNameStrategy", validator=in_(STRATEGIES))
+    """What the subject is called: `TOPIC-value`, the record's full name, or `TOPIC-` and that name."""
+    timeout: float = attrs.field(default=5.0, validator=[ge(0.1), le(60)])
+    """Seconds that one request may take. Outcome: the registry is away, and it is tried again."""
+    ssl: SslOptions = SslOptions()
+    """For https://, as [Kafka.SSL] for Kafka."""
+
+    def __attrs_post_init__(self) -> None:
+        needs_url = (self.username, self.password) != (None, None) or self.ssl != SslOptions()
+        if self.url is None and needs_url:
+            raise ValueError("Url is missing; without it there is no schema registry")
+        if (self.username is None) != (self.password is None):
+            raise ValueError("Username and Password belong together; set both or neither")
+
+
 @attrs.frozen(kw_only=True)
 class TopicOptions:
     """[Kafka.Topics.*]: what differs from the defaults of that topic (`topics.DEFAULTS`)."""
@@ -219,6 +262,7 @@ class KafkaOptions:
     dlq: DlqOptions = DlqOptions()
     security: SecurityOptions = SecurityOptions()
     ssl: SslOptions = SslOptions()
+    schema_registry: SchemaRegistryOptions = SchemaRegistryOptions()
     topics: TopicsOptions = TopicsOptions()
     producer: dict[str, Any] = attrs.field(factory=dict)
     """Options of kafka-python's KafkaProducer, in its spelling or with dots."""

@@ -34,6 +34,7 @@ log = logging.getLogger("gateways.kafka")
 PASSWORD_MECHANISMS: Final = ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512")
 LOOPBACK: Final = ("localhost", "127.0.0.1", "::1")
 _PARTS: Final = {"location": "Location", "password": "Password"}
+REGISTRY: Final = SecurityOptions(protocol="SSL")
 _T = TypeVar("_T")
 
 AbstractTokenProvider.register(Tokens)  # kafka-python takes nothing else
@@ -44,16 +45,23 @@ def security_of(options: KafkaOptions) -> Security:
     return _security(options.security, options.ssl)
 
 
+def registry_security(options: KafkaOptions) -> Security:
+    """Return what connections to a schema registry behind https:// share."""
+    return _security(REGISTRY, options.schema_registry.ssl, "Kafka.SchemaRegistry.SSL")
+
+
 @functools.lru_cache(maxsize=16)
-def _security(security: SecurityOptions, tls: SslOptions) -> Security:
-    return Security(security, tls)
+def _security(security: SecurityOptions, tls: SslOptions, section: str = "Kafka.SSL") -> Security:
+    return Security(security, tls, section)
 
 
 class Security:
     """The security of the connections of one gateway. Blocks for files; any thread."""
 
-    def __init__(self, options: SecurityOptions, tls: SslOptions) -> None:
+    def __init__(self, options: SecurityOptions, tls: SslOptions, section: str = "Kafka.SSL") -> None:
+        """`section` is where `tls` stands in the configuration."""
         self.options = options
+        self._section = section
         self.tls = tls
         self.uses_tls = options.protocol in ("SSL", "SASL_SSL")
         self.logs_in = options.protocol in ("SASL_PLAINTEXT", "SASL_SSL")
@@ -164,10 +172,10 @@ class Security:
                 self.tls.keystore_location,
                 lambda data: read_identity(data, self.tls.keystore_password, self.tls.key_password),
             )
-            _show_identity(context, identity, self.tls.keystore_location)
+            _show_identity(context, identity, self.tls.keystore_location, f"{self._section}.KeystoreLocation")
             self.certificate_expires = identity.expires
             if identity.expires < datetime.datetime.now(datetime.UTC):
-                what = f"Kafka.SSL.KeystoreLocation: the certificate in {self.tls.keystore_location}"
+                what = f"{self._section}.KeystoreLocation: the certificate in {self.tls.keystore_location}"
                 log.warning("%s has expired on %s", what, identity.expires.date())
         return context
 
@@ -184,14 +192,15 @@ class Security:
             try:
                 context.load_verify_locations(cadata=b"".join(found))
             except ssl.SSLError:
-                raise ConfigError([f"Kafka.SSL.TruststoreLocation: {file}: a certificate in it is damaged"]) from None
+                where = f"{self._section}.TruststoreLocation"
+                raise ConfigError([f"{where}: {file}: a certificate in it is damaged"]) from None
         return context
 
     def _token_context(self) -> ssl.SSLContext:
         return self._trusting_context(system_too=True)
 
     def _read(self, store: str, file: str, parse: Callable[[bytes], _T]) -> _T:
-        where = f"Kafka.SSL.{store}"
+        where = f"{self._section}.{store}"
         try:
             with open(file, "rb") as stream:
                 data = stream.read(LARGEST_STORE + 1)
@@ -203,7 +212,7 @@ class Security:
         try:
             return parse(data)
         except KeyStoreError as exc:
-            key = "Kafka.SSL.KeyPassword" if exc.part == "key password" else f"{where}{_PARTS[exc.part]}"
+            key = f"{self._section}.KeyPassword" if exc.part == "key password" else f"{where}{_PARTS[exc.part]}"
             raise ConfigError([f"{key}: {file}: {exc}"]) from None
 
     # What is wrong
@@ -262,7 +271,7 @@ class Security:
                 yield f"{section}.SaslOauthClientSecret: the token endpoint needs it (or SaslOauthClientSecretFile)"
 
     def _tls_problems(self) -> Iterator[str]:
-        tls, section = self.tls, "Kafka.SSL"
+        tls, section = self.tls, self._section
         for name, location, password in (
             ("Truststore", tls.truststore_location, tls.truststore_password),
             ("Keystore", tls.keystore_location, tls.keystore_password or tls.key_password),
@@ -273,9 +282,8 @@ class Security:
                 yield f"{section}.{name}Location: it is missing, but its password is there"
 
 
-def _show_identity(context: ssl.SSLContext, identity: Identity, file: str) -> None:
+def _show_identity(context: ssl.SSLContext, identity: Identity, file: str, where: str) -> None:
     """Give OpenSSL a private key and its certificates."""
-    where = "Kafka.SSL.KeystoreLocation"
     if not hasattr(os, "memfd_create"):
         raise ConfigError([f"{where}: needs anonymous files (memfd_create of Linux): the key shall be on no disk"])
     password = secrets.token_hex(16)
