@@ -1,4 +1,5 @@
-"""The command line [F3]: `mqtt-trio serve` (the default), `check`, `doctor`, `pub`, `sub`, `topics`, `offsets`, `dlq`.
+"""The command line [F3]: `mqtt-trio serve` (the default), `check`, `doctor`, `pub`, `sub`, `topics`, `offsets`, `dlq`,
+`rebuild`.
 
 Exit codes: 0, 1 failure, 2 usage, 78 configuration; pub and sub add those of mosquitto's clients.
 """
@@ -19,7 +20,8 @@ from mqtt_trio.config import LoadedConfig, Overrides, load_config
 from mqtt_trio.errors import ConfigError, MqttTrioError, WrongUsageError
 
 if TYPE_CHECKING:
-    from mqtt_trio.gateway import GatewayCommand
+    from mqtt_trio.config import Options
+    from mqtt_trio.gateway import GatewayCommand, RebuildTarget
 
 EXIT_FAILURE: Final = 1
 EXIT_USAGE: Final = 2
@@ -40,6 +42,7 @@ GATEWAY_COMMANDS: Final = {
     "topics": ("Kafka", "compare the topics in Kafka with the plan, create and grow them"),
     "offsets": ("Kafka", "show and reset what this deployment has read of its topics"),
     "dlq": ("Kafka", "show what could not be stored or understood, and write it again"),
+    "rebuild": ("Kafka", "fill empty stores, retained messages and histories, from an archive in Kafka"),
 }
 """Commands that a gateway brings -> its section, help. A configuration is loaded for them."""
 
@@ -189,6 +192,8 @@ def _run_gateway_command(arguments: argparse.Namespace, loaded: LoadedConfig) ->
         options=loaded.gateways[section],
         node_id=loaded.options.node.id,
         archive_topics=[group.kafka_topic for group in groups],
+        archive_formats={group.kafka_topic: group.format for group in groups},
+        rebuild_targets=rebuild_targets(loaded.options),
         console=Console(),
     )
     try:
@@ -199,6 +204,26 @@ def _run_gateway_command(arguments: argparse.Namespace, loaded: LoadedConfig) ->
     except BrokenPipeError:  # nobody reads the output any more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILURE
+
+
+def rebuild_targets(options: Options) -> list[RebuildTarget]:
+    """Return the embedded stores of a configuration, none of them opened yet."""
+    from mqtt_trio.archive.groups import merge_groups
+    from mqtt_trio.archive.rebuild import HistoryTarget
+    from mqtt_trio.archive.sqlite import archive_path
+    from mqtt_trio.server.rebuild import RetainedTarget
+    from mqtt_trio.server.sqlite_store import FILE_NAME
+
+    folder = options.persistence.path
+    targets: list[RebuildTarget] = []
+    if options.persistence.store == "SQLITE":
+        targets.append(RetainedTarget(path=folder / FILE_NAME))
+    for group in merge_groups(options.archive_groups):
+        if group.store == "SQLITE":
+            history = HistoryTarget(group=group.name, path=archive_path(folder, group.name), filters=group.filter)
+            history.retention, history.max_size = group.retention, group.max_size
+            targets.append(history)
+    return targets
 
 
 def _check(loaded: LoadedConfig) -> int:

@@ -16,7 +16,11 @@ from mqtt_trio.archive.spool import Spool as Spool
 from mqtt_trio.archive.spool import SpoolRecord as SpoolRecord
 from mqtt_trio.archive.spool import spool_path as spool_path
 from mqtt_trio.archive.store import ArchiveStore as ArchiveStore
+from mqtt_trio.archive.store import Entry as Entry
+from mqtt_trio.archive.store import NotEmptyError as NotEmptyError
 from mqtt_trio.archive.store import Outcome as Outcome
+from mqtt_trio.archive.store import Progress as Progress
+from mqtt_trio.archive.store import RebuildTarget as RebuildTarget
 from mqtt_trio.broker.connections import Newcomer as Newcomer
 from mqtt_trio.broker.local import Parcel as Parcel
 from mqtt_trio.broker.message import Message as Message
@@ -298,6 +302,10 @@ class CommandContext:
     """`Node.Id`."""
     archive_topics: Sequence[str | None] = ()
     """Destinations of the enabled archive groups whose store the gateway is; None: its default one."""
+    archive_formats: Mapping[str | None, str] = attrs.field(factory=dict)
+    """Their `Format`, by destination."""
+    rebuild_targets: Sequence[RebuildTarget] = ()
+    """The embedded stores of this configuration, not opened."""
     console: Console
 
 

@@ -68,6 +68,7 @@ ONLY_IN = {
     },
     "urllib3": {"gateways/kafka/schema_registry.py"},
     "sqlite3": {
+        "mqtt_trio/archive/rebuild.py",
         "mqtt_trio/archive/sqlite.py",
         "mqtt_trio/archive/sqlite_file.py",
         "mqtt_trio/server/sqlite_store.py",

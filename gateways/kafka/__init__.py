@@ -15,7 +15,12 @@ if TYPE_CHECKING:
     from gateways.kafka.kafka_gateway import KafkaGateway
     from mqtt_trio.gateway import Finding, GatewayCommand
 
-COMMANDS: Final = {"dlq": "dlq_commands", "offsets": "offset_commands", "topics": "topic_commands"}
+COMMANDS: Final = {
+    "dlq": "dlq_commands",
+    "offsets": "offset_commands",
+    "rebuild": "rebuild_command",
+    "topics": "topic_commands",
+}
 """Command -> module with `COMMAND`; it imports kafka-python when it runs."""
 
 PUBLIC: Final = {

@@ -21,7 +21,15 @@ from gateways.kafka.client_metrics import ClientFigures, ClientMetrics, FetchWat
 from gateways.kafka.options import KafkaOptions
 from gateways.kafka.poller import COMMIT_NOTE, Partition
 from gateways.kafka.records import ConsumedRecord
-from gateways.kafka.workers import ENDS_TIMEOUT_MS, common_config, consumed, is_connected, leak_safe, normal_keys
+from gateways.kafka.workers import (
+    ENDS_TIMEOUT_MS,
+    common_config,
+    consumed,
+    is_connected,
+    leak_safe,
+    normal_keys,
+    release_parked,
+)
 
 OFFSETS_TIMEOUT_MS: Final = 5000
 CLOSE_TIMEOUT_MS: Final = 2000
@@ -156,6 +164,7 @@ class MemberConsumer:
         records, remain a member."""
         assignment = self._consumer.assignment()
         (self._consumer.pause if paused else self._consumer.resume)(*assignment)
+        release_parked(self._consumer)
         found = self._consumer.poll(timeout_ms=int(timeout * 1000))
         return [consumed(record) for records in found.values() for record in records]
 

@@ -304,6 +304,14 @@ class Producer:
         return not self._producer._sender.is_alive()
 
 
+def release_parked(consumer: Any) -> None:
+    """Let a KafkaConsumer give out what it has parked of partitions that were paused for a time: it only looks for that
+    where nothing is in line, and takes what is used up for something. Before each poll of a consumer that pauses."""
+    fetcher = consumer._fetcher
+    if not fetcher._next_partition_records:
+        fetcher._next_partition_records = None
+
+
 def consumed(record: Any) -> ConsumedRecord:
     """Return a record of kafka-python as one of ours."""
     value, headers = record.value, record.headers
@@ -317,6 +325,8 @@ def consumed(record: Any) -> ConsumedRecord:
 
 class Consumer:
     """A KafkaConsumer as the poller uses it; it joins no group."""
+
+    _pauses = False
 
     def __init__(self, options: KafkaOptions, name: str, group: str | None = None) -> None:
         """Connect. Blocks for three seconds at most. `group` is where `commit` stores offsets.
@@ -367,8 +377,19 @@ class Consumer:
         for p, offset in partitions.items():
             self._consumer.seek(p, offset)
 
+    def pause(self, partitions: Sequence[tuple[str, int]]) -> None:
+        """Bring no records of these until `resume`."""
+        self._pauses = True
+        self._consumer.pause(*(TopicPartition(*p) for p in partitions))
+
+    def resume(self, partitions: Sequence[tuple[str, int]]) -> None:
+        """Undo `pause`."""
+        self._consumer.resume(*(TopicPartition(*p) for p in partitions))
+
     def poll(self, timeout: float) -> list[ConsumedRecord]:
         """Return what has come, in order per partition; waits for at most `timeout` seconds."""
+        if self._pauses:
+            release_parked(self._consumer)
         return [
             consumed(record)
             for records in self._consumer.poll(timeout_ms=int(timeout * 1000)).values()

@@ -199,20 +199,22 @@ class ArchiveFile:
             total += cost
         return end, total
 
-    def insert(self, messages: Sequence[Message], cost: int) -> None:
-        """Store messages in one transaction of at most `cost` bytes, having made room for it."""
+    def insert(self, messages: Sequence[Message], cost: int, *, progress: str | None = None) -> None:
+        """Store messages in one transaction of at most `cost` bytes, having made room for it; `progress` with them."""
         if self.max_size is not None:
             if self.log_size + cost > self._reserve:
                 self._fold_log()
             self._make_room(cost)
-        self._transaction(_INSERT, [row_of(message) for message in messages])
+        self._transaction(_INSERT, [row_of(message) for message in messages], progress)
         if self.log_size > self._budget:
             self._fold_log()
 
-    def _transaction(self, statement: str, rows: Sequence[Row]) -> int:
+    def _transaction(self, statement: str, rows: Sequence[Row], progress: str | None = None) -> int:
         self._db.execute("BEGIN IMMEDIATE")
         try:
             changed = self._db.executemany(statement, rows).rowcount
+            if progress is not None:
+                self._db.execute("UPDATE rebuild SET progress = ?", (progress,))
             self._db.execute("COMMIT")
         except BaseException:
             if self._db.in_transaction:
@@ -230,6 +232,46 @@ class ArchiveFile:
 
     def _fold_log(self) -> None:
         self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()  # a reader in the way: busy, no error
+
+    # --- rebuilding it from an archive ---
+
+    def rebuild_progress(self) -> str | None:
+        """Return what an unfinished rebuild noted; None: there is none."""
+        found = self._db.execute("SELECT name FROM sqlite_schema WHERE name = 'rebuild'").fetchone()
+        if found is None:
+            return None
+        (progress,) = self._db.execute("SELECT progress FROM rebuild").fetchone()
+        return str(progress)
+
+    def begin_rebuild(self, progress: str) -> None:
+        """Note that a rebuild has begun, in a table that `finish_rebuild` removes."""
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            self._db.execute("CREATE TABLE rebuild (progress TEXT NOT NULL)")
+            self._db.execute("INSERT INTO rebuild VALUES (?)", (progress,))
+            self._db.execute("COMMIT")
+        except BaseException:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            raise
+
+    def note_progress(self, progress: str) -> None:
+        """Note how far a rebuild has come, where it stored nothing."""
+        self._transaction("UPDATE rebuild SET progress = ?", [(progress,)])
+
+    def finish_rebuild(self) -> None:
+        """Remove what a rebuild noted."""
+        self._db.execute("DROP TABLE IF EXISTS rebuild")
+        self._fold_log()
+
+    def count(self) -> int:
+        """Return how many messages there are."""
+        (count,) = self._db.execute("SELECT count(*) FROM messages").fetchone()
+        return int(count)
+
+    def is_empty(self) -> bool:
+        """Say whether there is no message."""
+        return self._db.execute("SELECT 1 FROM messages LIMIT 1").fetchone() is None
 
     # --- bounds ---
 
