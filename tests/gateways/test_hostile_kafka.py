@@ -6,6 +6,8 @@ import json
 import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import kafka as client
@@ -79,13 +81,15 @@ async def test_a_topic_in_each_codec_is_read(kafka: KafkaNode) -> None:
 @asynccontextmanager
 async def running(options: KafkaOptions, node_id: str, instance: bytes) -> AsyncIterator[tuple[KafkaGateway, FakeHost]]:
     gateway, host = build(options), FakeHost(node_id, instance)
-    async with trio.open_nursery() as nursery:
-        with trio.fail_after(LIMIT):
-            await nursery.start(gateway.run, host)
-        yield gateway, host
-        with trio.move_on_after(5):
-            await gateway.stop()
-        nursery.cancel_scope.cancel()
+    with TemporaryDirectory() as folder:
+        host.data = Path(folder)
+        async with trio.open_nursery() as nursery:
+            with trio.fail_after(LIMIT):
+                await nursery.start(gateway.run, host)
+            yield gateway, host
+            with trio.move_on_after(5):
+                await gateway.stop()
+            nursery.cancel_scope.cancel()
 
 
 class NoText(str):

@@ -259,7 +259,9 @@ def test_reset_refuses_a_group_with_members(setting: Setting) -> None:
 
 
 @pytest.mark.kafka
-async def test_reset_refuses_the_checkpoint_of_a_live_node(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_reset_refuses_the_checkpoint_of_a_live_node(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     bus, node = unique_name("bus"), unique_name("node")
     topics = TopicsOptions(retained=TopicOptions(name=unique_name("retained")))
     options = KafkaOptions(servers=setting.options.servers, bus=BusOptions(enabled=True, topic=bus), topics=topics)
@@ -270,10 +272,11 @@ async def test_reset_refuses_the_checkpoint_of_a_live_node(setting: Setting, mon
     def reset() -> int:
         return setting.reset("earliest", "--execute", group=group)
 
-    gateway = build(options)
+    gateway, host = build(options), FakeHost(node, os.urandom(16))
+    host.data = tmp_path
     async with trio.open_nursery() as nursery:
         with trio.fail_after(LIMIT):
-            await nursery.start(gateway.run, FakeHost(node, os.urandom(16)))
+            await nursery.start(gateway.run, host)
             assert await trio.to_thread.run_sync(reset) == 1
             assert f"node {node} is alive, it writes to the bus topic {bus}" in setting.errors
             await gateway.stop()

@@ -7,6 +7,8 @@ import logging
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import attrs
@@ -59,7 +61,8 @@ class Node:
 async def running(options: KafkaOptions, node_id: str, nursery: trio.Nursery) -> AsyncIterator[Node]:
     gateway, host = build(options), FakeHost(node_id, os.urandom(16))
     node = Node(host, gateway, gateway.archive_store(None, "all"))
-    with trio.CancelScope() as scope:
+    with TemporaryDirectory() as folder, trio.CancelScope() as scope:
+        host.data = Path(folder)
         with trio.fail_after(LIMIT):
             await nursery.start(gateway.run, host)
             await nursery.start(node.store.run)
