@@ -50,14 +50,14 @@ def test_two_nodes_hear_each_other_over_kills_of_both_and_of_kafka(tmp_path: Pat
 @pytest.mark.parametrize(
     "planted, faults, found",
     [
-        ("lose,double,swap", "cut,slow", {"lost", "duplicate", "order"}),
+        ("lose,double,swap", "cut", {"lost", "duplicate", "order"}),
         ("acknowledge-early", "broker,slow", {"lost"}),
     ],
 )
 def test_planted_faults_are_found(tmp_path: Path, planted: str, faults: str, found: set[str]) -> None:
     """A message that is not written, one that is written twice, one that overtakes; one acknowledged too early."""
     broker = f"{sys.executable} {PLANTED} {planted}"
-    load = ("--kills", "3", "--faults", faults, "--seed", "3", "--rate", "600", "--patience", "6")
+    load = ("--kills", "3", "--faults", faults, "--seed", "3", "--rate", "600", "--patience", "2")
     code, table = figures(tmp_path / "figures.json", "--broker", broker, *load)
     assert code == 1
     assert {violation["kind"] for violation in table["violations"]} == found

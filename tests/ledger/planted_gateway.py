@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import count
 from typing import Any, Final
 
 import attrs
@@ -18,66 +19,62 @@ from mqtt_trio.__main__ import main
 from mqtt_trio.archive.groups import ArchiveGroup
 from mqtt_trio.archive.options import ArchiveGroupOptions
 
-EVERY: Final = 300
+EVERY: Final = 100
 """Records of an archive between two faults."""
 
 
-def plant(fault: Callable[[Record, Callable[[Record], None]], None]) -> None:
-    """Have `fault` deal with each record that an archive offers; what it calls last offers one."""
+def plant(fault: Callable[[list[Record]], Iterable[Record]]) -> None:
+    """Have an archive offer what `fault` makes of the records that it offers at once."""
     offer_all = ProducerBridge.offer_all
 
     def planted(self: ProducerBridge, records: Sequence[Record], size: int) -> None:
-        offered: list[Record] = []
-        for record in records:
-            fault(record, offered.append)
-        offer_all(self, offered, size)
+        offer_all(self, list(fault(list(records))), size)
 
     ProducerBridge.offer_all = planted  # type: ignore[method-assign]
 
 
 def lose() -> None:
     """Now and then a record is said to be in Kafka and never is."""
-    offered = 0
+    numbers = count(1)
 
-    def fault(record: Record, go_on: Callable[[Record], None]) -> None:
-        nonlocal offered
-        offered += 1
-        if offered % EVERY:
-            go_on(record)
-        else:
-            record.settle(None)
+    def fault(records: list[Record]) -> Iterable[Record]:
+        for record in records:
+            if next(numbers) % EVERY:
+                yield record
+            else:
+                record.settle(None)
 
     plant(fault)
 
 
 def double() -> None:
     """Now and then a record is written twice."""
-    offered = 0
+    numbers = count(1)
 
-    def fault(record: Record, go_on: Callable[[Record], None]) -> None:
-        nonlocal offered
-        offered += 1
-        if not offered % EVERY:
-            go_on(copy.copy(record))
-        go_on(record)
+    def fault(records: list[Record]) -> Iterable[Record]:
+        for record in records:
+            if not next(numbers) % EVERY:
+                yield copy.copy(record)
+            yield record
 
     plant(fault)
 
 
 def swap() -> None:
-    """Now and then a record overtakes the one in front of it."""
-    offered = 0
-    held: list[Record] = []
+    """Now and then a record overtakes one in front of it. Both are offered at once: nobody waits for it."""
+    numbers, owed = count(1), 0
 
-    def fault(record: Record, go_on: Callable[[Record], None]) -> None:
-        nonlocal offered
-        offered += 1
-        if not offered % EVERY and not held:
-            held.append(record)
-            return
-        go_on(record)
-        if held and topic_of(held[0]) == topic_of(record):
-            go_on(held.pop())
+    def fault(records: list[Record]) -> Iterable[Record]:
+        nonlocal owed
+        last: dict[str | None, int] = {}
+        for place, record in enumerate(list(records)):
+            owed += not next(numbers) % EVERY
+            topic = topic_of(record)
+            if owed and topic in last:
+                records[last[topic]], records[place] = record, records[last[topic]]
+                owed -= 1
+            last[topic] = place
+        return records
 
     plant(fault)
 
