@@ -14,15 +14,24 @@ from tests.registry_support import schema_registry as schema_registry
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add `--spec ID`."""
+    """Add `--spec ID` and `--alone`."""
     parser.addoption("--spec", metavar="ID", help="run only tests that cite this normative statement (MQTT5-3.1.2-22)")
+    parser.addoption("--alone", choices=("only", "not"), help="run only tests marked `alone`, or only the others")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what does not cite the statement of `--spec`."""
-    wanted = config.getoption("--spec")
-    if not wanted:
-        return
-    chosen = [item for item in items if any(wanted in mark.args for mark in item.iter_markers("spec"))]
-    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
-    items[:] = chosen
+    """Leave out what `--spec` and `--alone` do not ask for; have workers begin with what takes long."""
+    spec, alone = config.getoption("--spec"), config.getoption("--alone")
+    chosen = [item for item in items if not spec or any(spec in mark.args for mark in item.iter_markers("spec"))]
+    if alone:
+        chosen = [item for item in chosen if (item.get_closest_marker("alone") is not None) is (alone == "only")]
+    if left_out := set(items) - set(chosen):
+        config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+        items[:] = chosen
+    if hasattr(config, "workerinput"):  # of pytest-xdist: files are handed out in this order, each as a whole
+        items.sort(key=lambda item: not takes_long(item))
+
+
+def takes_long(item: pytest.Item) -> bool:
+    """Whether its file is one of those that wait for real servers or start many processes."""
+    return "mutations" in item.path.parts or any(map(item.get_closest_marker, ("kafka", "interop")))

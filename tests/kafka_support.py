@@ -1,10 +1,11 @@
 """Fixtures with a real Apache Kafka. `conftest.py` brings them to every test; such tests carry the mark `kafka`.
 
-`kafka` is one node for the whole test run: tests keep apart by topic names of their own (`unique_name`). `own_kafka` is
-a node of one test alone, which may stop and kill it. `three_kafkas` is a cluster of three nodes for the whole test run,
-started for the first test that asks for it; tests may kill its nodes one at a time, and find all three running at their
-start. `secure_kafka` is a node with secured listeners for the whole run. Nodes are started through scripts/kafka on
-free ports; each is ended by its pid, also when a test fails or is interrupted.
+`kafka` is one node for the whole test run (of each worker, where pytest-xdist has several): tests keep apart by topic
+names of their own (`unique_name`). `own_kafka` is a node of one test alone, which may stop and kill it. `three_kafkas`
+is a cluster of three nodes for the whole test run, started for the first test that asks for it; tests may kill its
+nodes one at a time, and find all three running at their start. `secure_kafka` is a node with secured listeners for the
+whole run. Nodes are started through scripts/kafka on free ports; each is ended by its pid, also when a test fails or is
+interrupted.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 pytestmark = [
     pytest.mark.interop,
+    pytest.mark.alone,
     pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler"),
     pytest.mark.skipif(Path(sys.prefix) != ROOT / ".venv", reason="scripts/bench measures the checkout's .venv"),
 ]

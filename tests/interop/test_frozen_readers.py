@@ -14,7 +14,7 @@ from tests.interop.broker_process import BrokerProcess, Brokers
 from tests.interop.frozen import RECEIVE_BUFFER, TOPIC, Kind, Member, measure
 from tests.interop.lines import wait_until
 
-pytestmark = pytest.mark.interop
+pytestmark = [pytest.mark.interop, pytest.mark.alone]
 
 HEALTHY = 50
 FROZEN = 50
