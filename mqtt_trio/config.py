@@ -30,7 +30,8 @@ LEVELS: Final = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 def level_name(value: str) -> str:
     """Level names without regard to case, with the short ones of other systems."""
     folded = value.upper()
-    return {"WARN": "WARNING", "TRACE": "DEBUG", "FATAL": "CRITICAL"}.get(folded, folded)
+    other = {"WARN": "WARNING", "TRACE": "DEBUG", "ALL": "DEBUG", "FATAL": "CRITICAL", "OFF": "CRITICAL"}
+    return other.get(folded, folded)
 
 
 def _check_loggers(_instance: object, _attribute: attrs.Attribute[Any], value: Mapping[str, str]) -> None:

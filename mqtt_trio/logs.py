@@ -10,8 +10,27 @@ from typing import Final
 
 from mqtt_trio.config import LoggingOptions, level_name
 
-LOGGER_ALIASES: Final = {"org.apache.kafka": "kafka", "at.rocworks.kafka": "gateways.kafka"}
-"""Names of the loggers of the system that the Kafka design comes from."""
+LOGGER_ALIASES: Final = {
+    "org.apache.kafka.clients.admin": "kafka.admin",
+    "org.apache.kafka.clients.consumer": "kafka.consumer",
+    "org.apache.kafka.clients.consumer.internals.AbstractCoordinator": "kafka.coordinator",
+    "org.apache.kafka.clients.consumer.internals.ConsumerCoordinator": "kafka.coordinator",
+    "org.apache.kafka.clients.consumer.internals.Fetcher": "kafka.consumer.fetcher",
+    "org.apache.kafka.clients.Metadata": "kafka.cluster",
+    "org.apache.kafka.clients.NetworkClient": "kafka.net",
+    "org.apache.kafka.clients.producer": "kafka.producer",
+    "org.apache.kafka.clients.producer.internals.Sender": "kafka.producer.sender",
+    "org.apache.kafka.clients": "kafka",
+    "org.apache.kafka.common": "kafka",
+    "org.apache.kafka.common.metrics": "kafka.metrics",
+    "org.apache.kafka.common.network": "kafka.net",
+    "org.apache.kafka.common.security": "kafka.net.sasl",
+    "org.apache.kafka": "kafka",
+    "at.rocworks.kafka": "gateways.kafka",
+}
+"""Loggers of Java's client of Kafka, and of the system that the Kafka design comes from -> ours; the longest counts."""
+PREFIXES: Final = ("org.apache.kafka", "at.rocworks.kafka")
+"""Of these, what follows is kept: `org.apache.kafka.net` is `kafka.net`."""
 
 _CONTROL: Final = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))} | {
     0x2028: "\\u2028",
@@ -69,10 +88,16 @@ def configure(options: LoggingOptions) -> None:
 def levels(loggers: Mapping[str, str]) -> dict[str, str]:
     """Return level by logger, with the aliases and short level names resolved."""
     resolved = {}
-    for name, level in loggers.items():
-        for alias, real in LOGGER_ALIASES.items():
-            if name == alias or name.startswith(f"{alias}."):
-                name = real + name[len(alias) :]
-                break
-        resolved[name] = level_name(level)
+    for name, level in sorted(loggers.items(), key=lambda item: len(item[0])):  # what says more of a name counts
+        resolved[real_name(name)] = level_name(level)
     return resolved
+
+
+def real_name(name: str) -> str:
+    """Return the logger that a name stands for: one of Java's that has no counterpart belongs to the next one above."""
+    aliases = [alias for alias in LOGGER_ALIASES if name == alias or name.startswith(f"{alias}.")]
+    if not aliases:
+        return name
+    alias = max(aliases, key=len)
+    real = LOGGER_ALIASES[alias]
+    return real + name[len(alias) :] if alias in PREFIXES else real

@@ -251,11 +251,29 @@ def test_json_lines() -> None:
 
 
 def test_levels_by_logger_with_aliases() -> None:
-    assert levels({"org.apache.kafka.clients": "warn", "at.rocworks.kafka": "Debug", "mqtt_trio": "ERROR"}) == {
-        "kafka.clients": "WARNING",
-        "gateways.kafka": "DEBUG",
+    assert levels({"org.apache.kafka": "warn", "at.rocworks.kafka.bus": "Debug", "mqtt_trio": "ERROR"}) == {
+        "kafka": "WARNING",
+        "gateways.kafka.bus": "DEBUG",
         "mqtt_trio": "ERROR",
     }
+    assert levels({"org.apache.kafka.clients": "INFO", "org.apache.kafka": "WARN"}) == {"kafka": "INFO"}
+
+
+@pytest.mark.parametrize(
+    "name, real",
+    [
+        ("org.apache.kafka.net", "kafka.net"),
+        ("org.apache.kafka.clients.NetworkClient", "kafka.net"),
+        ("org.apache.kafka.clients.consumer.internals.Fetcher", "kafka.consumer.fetcher"),
+        ("org.apache.kafka.clients.consumer.KafkaConsumer", "kafka.consumer"),
+        ("org.apache.kafka.clients.producer.internals.Sender", "kafka.producer.sender"),
+        ("org.apache.kafka.common.security.ssl", "kafka.net.sasl"),
+        ("org.apache.kafkaesque", "org.apache.kafkaesque"),
+        ("kafka.producer", "kafka.producer"),
+    ],
+)
+def test_names_of_java_s_loggers(name: str, real: str) -> None:
+    assert levels({name: "DEBUG"}) == {real: "DEBUG"}
 
 
 def test_configure_replaces_what_was_there(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import urllib.parse
+from collections.abc import Mapping
 from typing import Any, Final
 
 import attrs
@@ -294,6 +295,12 @@ class KafkaOptions:
         }  # fmt: skip
         if self.has_stream and self.messages_topic in others:
             raise ValueError(f"Topics.Messages needs a topic of its own: {self.messages_topic} is used for another")
+
+    def effective(self) -> Mapping[str, tuple[object, str]]:
+        """Return what clients are set up with, below [Kafka], and where each value comes from [K16]."""
+        from gateways.kafka.client_settings import effective
+
+        return dict(effective(self))
 
     @property
     def server_names(self) -> list[str]:

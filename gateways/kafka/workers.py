@@ -24,15 +24,16 @@ from kafka.structs import OffsetAndMetadata
 from gateways.kafka import batches
 from gateways.kafka.batches import Unreadable
 from gateways.kafka.client_metrics import ClientFigures, ClientMetrics, FetchWatch
+from gateways.kafka.client_settings import common_settings, consumer_settings, producer_settings, values
+from gateways.kafka.client_settings import normal_keys as normal_keys
+from gateways.kafka.client_settings import problems_of as problems_of_settings
 from gateways.kafka.options import KafkaOptions
 from gateways.kafka.records import ConsumedRecord, Reason, Record
 from gateways.kafka.security import security_of
 from mqtt_trio.errors import ConfigError
 
-BOOTSTRAP_TIMEOUT_MS: Final = 3000
 OFFSETS_TIMEOUT_MS: Final = 5000
 ENDS_TIMEOUT_MS: Final = 1000
-MAX_REQUEST_SIZE: Final = 8 * 1024 * 1024
 NEVER_MS: Final = 24 * 3600 * 1000
 """kafka-python shall not expire batches one by one: a later batch could overtake. `Feeder` gives up on a producer as a
 whole instead, after `KafkaOptions.delivery_timeout`."""
@@ -58,7 +59,8 @@ OWNED: Final = frozenset(
     {
         "bootstrap_servers", "kafka_client", "key_serializer", "value_serializer", "key_deserializer",
         "value_deserializer", "transactional_id", "partitioner", "group_id", "enable_auto_commit", "auto_offset_reset",
-        "allow_auto_create_topics", "selector",
+        "allow_auto_create_topics", "selector", "partition_assignment_strategy", "default_offset_commit_callback",
+        "consumer_timeout_ms", "metric_reporters", "metric_group_prefix", "socket_options", "client_id",
     }
 )  # fmt: skip
 """Client options that the gateway sets, or that would break what it promises."""
@@ -111,11 +113,6 @@ def is_retriable(error: BaseException) -> bool:
     return isinstance(error, RETRIABLE)
 
 
-def normal_keys(table: Mapping[str, Any]) -> dict[str, Any]:
-    """Return client options under kafka-python's names: `linger.ms` means `linger_ms`."""
-    return {name.replace(".", "_"): value for name, value in table.items()}
-
-
 def check_client_options(options: KafkaOptions) -> None:
     """Compare [Kafka.Producer] and [Kafka.Consumer] with what kafka-python knows.
 
@@ -136,6 +133,7 @@ def check_client_options(options: KafkaOptions) -> None:
                 problems.append(f"Kafka.{section}.{name}: kafka-python has no such option")
             elif (expected := unlike(value, known[name])) is not None:
                 problems.append(f"Kafka.{section}.{name}: expected {expected}, got {value!r}")
+    problems = problems or problems_of_settings(options)
     if problems:
         raise ConfigError(problems)
 
@@ -202,10 +200,7 @@ def common_config(options: KafkaOptions, name: str) -> dict[str, Any]:
     return {
         "bootstrap_servers": options.server_names,
         "client_id": f"mqtt-trio-{name}",
-        "bootstrap_timeout_ms": BOOTSTRAP_TIMEOUT_MS,
-        "reconnect_backoff_max_ms": 1000,
-        "metadata_max_age_ms": 30_000,
-        "request_timeout_ms": 10_000,
+        **values(common_settings()),
         **security_of(options).client_config(),
     }
 
@@ -219,17 +214,8 @@ class Producer:
         Raises:
           kafka.errors.KafkaError: no broker answers, or does not let us in.
         """
-        config = common_config(options, name) | {
-            "acks": "all",
-            "linger_ms": linger_ms,
-            "batch_size": 256 * 1024,
-            "max_request_size": MAX_REQUEST_SIZE,
-            "max_block_ms": 1500,
-            "compression_type": compression,
-        }
-        if options.profile == "compat" and name != "bus":
-            config |= {"acks": 1, "enable_idempotence": False}
-        config |= normal_keys(options.producer)
+        config = common_config(options, name) | {"linger_ms": linger_ms, "compression_type": compression}
+        config |= values(producer_settings(options, name))
         config["delivery_timeout_ms"] = NEVER_MS
         with leak_safe() as make_client:
             self._producer = KafkaProducer(kafka_client=make_client, **config)
@@ -334,19 +320,13 @@ class Consumer:
         Raises:
           kafka.errors.KafkaError: no broker answers, or does not let us in.
         """
-        config = common_config(options, name) | {
-            "fetch_max_bytes": 64 * 1024 * 1024,
-            "max_partition_fetch_bytes": 4 * 1024 * 1024,
-            "max_poll_records": 1000,
-        }
-        config |= normal_keys(options.consumer)
+        # "earliest" is only used when the log was cut off above our own position.
+        config = common_config(options, name) | values(consumer_settings(options))
         batches.install()
         with leak_safe() as make_client:
             self._consumer = KafkaConsumer(
                 kafka_client=make_client,
                 group_id=group,
-                enable_auto_commit=False,
-                auto_offset_reset="earliest",  # only used when the log was cut off above our own position
                 **config,
             )
         self._metrics = ClientMetrics(self._consumer, "consumer")

@@ -11,7 +11,7 @@ import attrs
 import pytest
 import trio
 
-from gateways.kafka import workers
+from gateways.kafka import client_settings, workers
 from gateways.kafka.admin import Admin
 from gateways.kafka.cluster import Cluster
 from gateways.kafka.options import (
@@ -243,7 +243,7 @@ def failing_constructor(make: Callable[[KafkaOptions], object]) -> None:
 
 
 def test_failed_constructors_leave_no_thread_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers, "BOOTSTRAP_TIMEOUT_MS", 50)
+    monkeypatch.setattr(client_settings, "COMMON", {**client_settings.COMMON, "bootstrap_timeout_ms": 50})
     before = set(threading.enumerate())
     for _ in range(2):
         failing_constructor(Admin)
