@@ -72,10 +72,13 @@ class KafkaArchiveStore:
         preparation: Preparation | None = None,
         *,
         spooled: bool = False,
+        stage: Stage = Stage.ARCHIVE,
     ) -> None:
         """`dead_letters` get what no record can be made of; what Kafka refuses goes there from the bridge.
         `preparation` makes the mapper ready: until then nothing is sent. `spooled`: the group has a spool, so a record
-        that finds its topic gone or closed is not given up. It waits for the topic, before what is in the spool."""
+        that finds its topic gone or closed is not given up. It waits for the topic, before what is in the spool.
+        `stage` stands in letters."""
+        self._stage = stage
         self._bridge = bridge
         self._preparation = preparation
         self._mapper = mapper
@@ -230,7 +233,7 @@ class KafkaArchiveStore:
         entry.failures[index] = StoreError(str(error))
         if error.reason is Reason.UNENCODABLE:
             topic = self._mapper.topic
-            self._dead_letters.of_message(Stage.ARCHIVE, record.message, topic, error.reason, str(error))
+            self._dead_letters.of_message(self._stage, record.message, topic, error.reason, str(error))
         else:
             self._bridge.tell_refused(record, error)
         return True

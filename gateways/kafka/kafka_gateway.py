@@ -147,7 +147,7 @@ class KafkaGateway:
                 nursery.start_soon(follow, self.cluster, self._bus.outbox.look)
                 await nursery.start(self._bus.run)
             else:
-                if self._archive is not None:
+                if self._archive is not None or self.options.has_stream:
                     nursery.start_soon(watch_presence, self.cluster)
                 with trio.move_on_after(START_PATIENCE):
                     await self._topics.looked.wait()
@@ -237,6 +237,8 @@ class KafkaGateway:
                     nursery.start_soon(self._bus.stop)
                 if self._archive is not None:
                     nursery.start_soon(self._stop_archive, self._archive)
+                if self._stream is not None:
+                    nursery.start_soon(self._stream.stop)
         finally:
             if self._dlq is not None:  # last: the others may end with letters
                 await self._dlq.stop()

@@ -128,6 +128,8 @@ class RecordMapper:
         self.topic = topic
         self.broker_id = broker_id
         """`Node.Id`; set before the first record."""
+        self.mark: tuple[str, bytes] | None = None
+        """A further header, the first one."""
 
     def value(self, message: Message, milliseconds: int) -> bytes:
         """Return the value of the record of `message`, which was published at `milliseconds`. Called in the feeder's
@@ -183,7 +185,10 @@ class MessageRecord(Record):
         milliseconds = round(message.published_at * 1000)
         value = mapper.value(message, milliseconds)
         self.key = message.topic_name.encode()
-        self.headers = record_headers(message, mapper.broker_id.encode(), milliseconds)
+        headers = record_headers(message, mapper.broker_id.encode(), milliseconds)
+        if mapper.mark is not None:
+            headers.insert(0, mapper.mark)
+        self.headers = headers
         self.timestamp_ms = milliseconds
         self.value = value
         if mapper.repeats_headers:  # less exact than `measure`, and quicker

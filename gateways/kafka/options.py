@@ -273,10 +273,10 @@ class KafkaOptions:
     """`compat`: acks=1 without idempotence, on everything but the bus."""
     metrics: MetricsOptions = MetricsOptions()
     window_messages: int = attrs.field(default=20_000, validator=[ge(100), le(1_000_000)])
-    """Records that the archive producer may hold before Kafka has confirmed them. Outcome: QoS 1 and 2 publishers wait,
-    QoS 0 messages are dropped."""
+    """Records that the archive producer, and that of the stream of messages, may hold each before Kafka has confirmed
+    them. Outcome: QoS 1 and 2 publishers wait, QoS 0 messages are dropped; for the stream see `stream_out`."""
     window_bytes: int = attrs.field(default=32 * 1024 * 1024, validator=[ge(1024 * 1024), le(4 * 1024**3)])
-    """Bytes that the archive producer may hold before Kafka has confirmed them. Outcome as above."""
+    """Bytes that each of them may hold before Kafka has confirmed them. Outcome as above."""
     delivery_timeout: float = attrs.field(default=60.0, validator=[ge(5), le(3600)])
     """Seconds that a record may stay unconfirmed before its producer is thrown away and it is sent by a new one. Where
     its topic is missing or forbidden for so long although Kafka answers, it becomes a dead letter, unless a spool has

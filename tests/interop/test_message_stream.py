@@ -11,8 +11,10 @@ from typing import Any
 
 import attrs
 import pytest
+from jsonschema import Draft202012Validator
 from kafka import KafkaAdminClient, KafkaProducer
 
+from gateways.kafka.mapping import load_schema
 from mqtt_trio.__main__ import main
 from tests.interop.broker_process import Brokers
 from tests.interop.cluster import Cluster, committed_offsets, read_topic
@@ -40,7 +42,8 @@ class Stream:
     dlq: str = attrs.field(factory=lambda: unique_name("dlq"))
     group: str = attrs.field(factory=lambda: unique_name("group"))
 
-    def config(self) -> str:
+    def config(self, more: str = "Filter = []") -> str:
+        """The configuration of a node; `more`: keys of [Kafka.Topics.Messages]."""
         return self.cluster.config(
             f"""
 [Kafka.Topics.Messages]
@@ -48,6 +51,7 @@ Enabled = true
 Name = "{self.messages}"
 Group = "{self.group}"
 Partitions = {PARTITIONS}
+{more}
 [Kafka.Topics.Dlq]
 Name = "{self.dlq}"
 """
@@ -161,6 +165,61 @@ def test_an_outside_producer_reaches_subscribers_of_every_node_once(
     assert totals["kafka.stream_messages_published"] == 204
     assert totals["kafka.stream_records_malformed"] == 1
     assert all(node.counters().get("kafka.stream_messages_published") for node in nodes), "they share the work"
+
+
+def test_what_clients_publish_is_in_the_stream_once_and_comes_back_to_nobody(
+    stream: Stream, brokers: Brokers, topic: str
+) -> None:
+    nodes = [brokers.start(stream.config(f'Filter = ["{topic}/+"]'), name=f"node-{letter}") for letter in "ab"]
+    with ExitStack() as stack:
+        clients = [stack.enter_context(PahoClient(node, client_id=f"at-{node.name}")) for node in nodes]
+        for client in clients:
+            client.subscribe(f"{topic}/#")
+        wanted = [Heard(f"{topic}/{n % 3}", b"%d" % n, n % 3) for n in range(60)]
+        for message in wanted:
+            clients[message.qos % 2].publish_message(message)
+        whole = Heard(f"{topic}/whole", b"\xff\0", 1, False, (("a", "1"), ("a", "2")), "x/y", None, b"id")
+        clients[0].publish_message(whole)
+        clients[0].publish(f"{topic}/not/in/it", "x", qos=1)
+        stream.put({"topic": f"{topic}/end", "payload": "end"})
+        for client in clients:
+            got = client.received(63)
+            assert Counter(map(str, got)) == Counter(
+                map(str, [*wanted, whole, Heard(f"{topic}/not/in/it", b"x", 1), Heard(f"{topic}/end", b"end", 1)])
+            )
+        wait_until(lambda: stream.is_done(62), "the group has read it all", JOIN_LIMIT)
+        assert all(len(client.heard_so_far()) == 63 for client in clients)
+    records = read_topic(stream.cluster.kafka, stream.messages)
+    validator = Draft202012Validator(load_schema())
+    found: dict[str, list[bytes]] = {}
+    for record in records:
+        value = json.loads(record.value)
+        if value["payload"] == "end":
+            assert not record.headers, "it is still the only one of its kind"
+            continue
+        validator.validate(value)
+        headers = dict(record.headers)
+        assert headers["mqtt.publishedBy"].decode() == value["brokerId"]
+        assert value["clientId"] == f"at-{value['brokerId']}"
+        assert record.key.decode() == value["topic"] == headers["mqtt.topic"].decode()
+        found.setdefault(value["topic"], []).append(value["payload"].encode())
+        if value["topic"] == f"{topic}/whole":
+            assert value["payloadEncoding"] == "base64"
+            assert value["headers"] == {
+                "contentType": "x/y", "correlationId": "id", "userProperties": [["a", "1"], ["a", "2"]],
+            }  # fmt: skip
+    assert found == {
+        **{f"{topic}/{qos}": [b"%d" % n for n in range(60) if n % 3 == qos] for qos in range(3)},
+        f"{topic}/whole": [b"/wA="],
+    }
+    for node in nodes:
+        node.stop()
+    totals: Counter[str] = Counter()
+    for node in nodes:
+        totals.update(node.counters())
+    assert totals["kafka.stream_messages_written"] == 61
+    assert totals["kafka.stream_records_own"] == 61
+    assert totals["kafka.stream_messages_published"] == 1
 
 
 def test_a_killed_node_loses_nothing_for_clients_that_come_back_late(
