@@ -325,6 +325,7 @@ class ConsumerBridge:
       caught_up: set when all topics that are read from the beginning were handed over up to the end that they had at
         the start (after the `on_records` calls with those records).
       room: awaited before each list of records; while it waits, the poller stops reading after SLOTS more of them.
+      on_another: called with topic and identity in front of the first record of a topic that was made again.
     """
 
     def __init__(
@@ -348,6 +349,7 @@ class ConsumerBridge:
         self.positions_known = trio.Event()
         self.caught_up = trio.Event()
         self.room: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint
+        self.on_another: Callable[[str, str | None], None] = nothing
         self._on_records = on_records
         self._items: deque[Any] = deque()
         self._slots = threading.BoundedSemaphore(SLOTS)
@@ -360,7 +362,20 @@ class ConsumerBridge:
         self._poller = Poller(name, open_consumer, cluster, assignments, self._hand_over)
         self._poller.on_positions_known = partial(self._reached, self.positions_known, on_positions_known)
         self._poller.on_caught_up = partial(self._reached, self.caught_up, on_caught_up)
+        self._poller.on_another = self._another
         self._watchdog = Watchdog(f"consumer {name}", self._replace_poller)
+
+    def expect(self, topic: str, identity: str) -> None:
+        """The checkpoint of `topic` is of the one with this identity: another one is read from its beginning. Before
+        `run`."""
+        self._poller.identities[topic] = identity
+
+    def identity(self, topic: str) -> str | None:
+        """Return what tells `topic` from an earlier one of its name, as of its positions; None: Kafka does not say."""
+        return self._poller.identities.get(topic)
+
+    def _another(self, topic: str, identity: str | None) -> None:
+        self.on_another(topic, identity)
 
     @staticmethod
     def _reached(event: trio.Event, hook: Callable[[], None]) -> None:

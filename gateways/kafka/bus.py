@@ -89,6 +89,9 @@ class Bus:
         self._producer = producer
         self.positions = Positions(settings.topic, host.instance_id, host.marks, age=settings.checkpoint_age, utc=utc)
         self._consumer = make_consumer(self.on_records, self.positions.offsets)
+        self._consumer.on_another = self._begin_another
+        if self.positions.offsets and self.positions.identity is not None:
+            self._consumer.expect(settings.topic, self.positions.identity)
         self.refusal: Callable[[], str | None] = lambda: None
         """Says why Kafka lets nobody in, where that is certain."""
         self._started = self._began = False
@@ -228,7 +231,12 @@ class Bus:
         if not self._began:
             self._began = True
             began = self._consumer.began.items()
+            self.positions.identity = self._consumer.identity(self.settings.topic)
             self.positions.begin({number: at for (topic, number), at in began if topic == self.settings.topic})
+
+    def _begin_another(self, topic: str, identity: str | None) -> None:
+        if topic == self.settings.topic:
+            self.positions.begin_another(identity)
 
     async def _begin_noting(self) -> None:
         """Note this life's id before it writes anything: the next one must know what this one wrote. A store that takes

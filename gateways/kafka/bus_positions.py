@@ -103,6 +103,7 @@ class Positions:
       offsets: where to go on reading, by partition; empty: at the end.
       noted_at: UTC seconds of the checkpoint that `offsets` are from.
       lives: instance ids of earlier lives of this node, the last one first.
+      identity: what tells the topic from an earlier one of its name, None: not known.
     """
 
     def __init__(
@@ -120,6 +121,8 @@ class Positions:
         self.lives: tuple[bytes, ...] = ()
         self._prefix = f"kafka.bus/{topic}/"
         self._about = f"kafka.bus/{topic}"
+        self._identity = f"kafka.bus.topic/{topic}"
+        self.identity: str | None = None
         self._utc = utc
         self._partitions: dict[int, Position] = {}
         self._gone: dict[str, bytes | None] = {}
@@ -132,6 +135,8 @@ class Positions:
         about = marks.get(self._about)
         if about is None:
             return
+        if (identity := marks.get(self._identity)) is not None:
+            self.identity = identity.decode(errors="replace")
         self._gone = {name: None for name in marks if name.startswith(self._prefix)}
         try:
             self.noted_at, self.lives = read_about(about)
@@ -163,11 +168,18 @@ class Positions:
             log.warning("%d records of the bus were deleted by Kafka before this node could read them", missing)
         for number, began in at.items():
             position = self.of(number)
-            if began.moved or began.start < position.next:  # somebody wants them again, or the log is another one
+            if began.moved or began.another or began.start < position.next:  # they are wanted again, or others
                 position.writers, position.applied = {}, began.start
             position.next = began.start
             position.applied = max(position.applied, began.start)
             position.backlog_end = began.end
+            position.noted = False
+
+    def begin_another(self, identity: str | None) -> None:
+        """What comes now is of another topic of the same name, from its beginning on."""
+        self.identity = identity
+        for position in self._partitions.values():
+            position.next = position.applied = position.backlog_end = 0
             position.noted = False
 
     def of(self, partition: int) -> Position:
@@ -194,6 +206,7 @@ class Positions:
                 position.noted = True
                 changed[f"{self._prefix}{number}"] = position.mark(now)
         changed[self._about] = ABOUT.pack(MARK_VERSION, now) + b"".join(self._own)
+        changed[self._identity] = self.identity.encode() if self.identity is not None else None
         return changed
 
     def commits(self) -> dict[int, int]:

@@ -61,6 +61,11 @@ class Consumer(Protocol):
     positions_known: trio.Event
     caught_up: trio.Event
     room: Callable[[], Awaitable[None]]
+    on_another: Callable[[str, str | None], None]
+
+    def expect(self, topic: str, identity: str) -> None: ...
+
+    def identity(self, topic: str) -> str | None: ...
 
     @property
     def began(self) -> Mapping[tuple[str, int], Began]: ...

@@ -9,6 +9,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Final, Literal, Protocol, TypeAlias
 
 import attrs
@@ -53,13 +54,15 @@ class Began:
     """Records that Kafka deleted before they were read."""
     moved: bool = False
     """Somebody has moved the group's offset: it counts."""
+    another: bool = False
+    """The checkpoint is of an earlier topic of that name."""
 
 
 class ConsumerLike(Protocol):
     """What the poller needs of `workers.Consumer`."""
 
     def partitions(self, topic: str) -> list[int]: ...
-    def identity(self, topic: str) -> object: ...
+    def identity(self, topic: str) -> str | None: ...
     def first_offsets(self, partitions: Sequence[Partition]) -> Mapping[Partition, int]: ...
     def end_offsets(self, partitions: Sequence[Partition]) -> Mapping[Partition, int]: ...
     def latest_ends(self, partitions: Sequence[Partition]) -> Mapping[Partition, int]: ...
@@ -93,6 +96,9 @@ class Poller:
     Attributes:
       figures: how far `hand_over` is behind Kafka, and how fetches fare.
       began: partitions that are read from a checkpoint or their end; complete when the positions are known.
+      identities: topics as they were when their positions were taken: one that is made again has another identity. Set
+        that of a checkpoint before the thread runs.
+      on_another: handed over in front of the first record of a topic that was made again, with topic and identity.
       to_commit: offsets to store in the group; set it from any thread, it is empty again once that is done.
     """
 
@@ -125,8 +131,12 @@ class Poller:
         self._next: dict[Partition, int] = {}
         self._targets_changed = False
         self._gone: set[str] = set()
-        self._identities: dict[str, object] = {}
-        """Topics as they were when their positions were taken: one that is made again has another identity."""
+        self.identities: dict[str, str | None] = {}
+        self.on_another: Callable[[str, str | None], None] | None = None
+        self._seen: set[str] = set()
+        """Topics that were there."""
+        self._replaced: set[str] = set()
+        """Topics that are not those of their checkpoint."""
         self._targets: dict[Partition, int] | None = None
         """Where the partitions that are read from the beginning ended at the start; those not reached yet."""
         self._halt = threading.Event()
@@ -144,7 +154,8 @@ class Poller:
         other = Poller(self.name, self._open_consumer, self._cluster, tuple(self._assignments.items()), self._hand_over)
         other.figures, other.received, other.rebuilds = self.figures, self.received, self.rebuilds + 1
         other.on_positions_known, other.on_caught_up = self.on_positions_known, self.on_caught_up
-        other._next, other._identities = dict(self._next), dict(self._identities)
+        other._next, other.identities, other._seen = dict(self._next), dict(self.identities), set(self._seen)
+        other.on_another = self.on_another
         other._targets = None if self._targets is None else dict(self._targets)
         return other
 
@@ -231,11 +242,12 @@ class Poller:
             if not partitions:
                 self._miss(topic)
                 raise UnknownTopicError(f"there is no topic {topic}")
-            if self._is_another(consumer, topic):
+            another = self._is_another(consumer, topic)
+            if another:
                 log.warning("Kafka topic %s was deleted and made again: it is read from its beginning", topic)
-                self._forget(topic)
-                start = "beginning"
-            self._identities[topic] = consumer.identity(topic)
+                start = self._assignments[topic] = self._begin_another(consumer, topic, start, partitions)
+            self.identities[topic] = consumer.identity(topic) or self.identities.get(topic)
+            self._seen.add(topic)
             grown = any(known == topic for known, _ in self._next)  # its other partitions were read before
             for number in partitions:
                 if (topic, number) in self._next:
@@ -257,15 +269,25 @@ class Poller:
 
     def _miss(self, topic: str) -> None:
         """Have `topic` made; again, if it was there."""
-        if topic in self._identities and topic not in self._gone:
+        if topic in self._seen and topic not in self._gone:
             self._gone.add(topic)
             self._cluster.forget(topic)
         else:
             self._cluster.want(topic)
 
     def _is_another(self, consumer: ConsumerLike, topic: str) -> bool:
-        known, now = self._identities.get(topic), consumer.identity(topic)
+        known, now = self.identities.get(topic), consumer.identity(topic)
         return known is not None and now is not None and known != now
+
+    def _begin_another(self, consumer: ConsumerLike, topic: str, start: From, partitions: Sequence[int]) -> From:
+        """Return where to begin in a topic that was made again."""
+        if topic not in self._seen and not isinstance(start, str):  # since the checkpoint
+            self._replaced.add(topic)
+            return dict.fromkeys(partitions, BEGINNING)
+        self._forget(topic)
+        if self.on_another is not None:
+            self._give(partial(self.on_another, topic, consumer.identity(topic)))
+        return "beginning"
 
     def _forget(self, topic: str) -> None:
         """Forget where `topic` was read: kafka-python would go on at the end of the new one, as behind a log that was
@@ -287,14 +309,15 @@ class Poller:
             stored = {}
         for partition, offset in wanted.items():
             committed, note = stored.get(partition, (0, ""))
-            moved = partition in stored and note != f"{COMMIT_NOTE}{committed}"
+            another = partition[0] in self._replaced
+            moved = not another and partition in stored and note != f"{COMMIT_NOTE}{committed}"
             at = committed if moved else offset
             first, end = firsts[partition], ends[partition]
             if at > end:
                 log.warning("%s-%d ends at %d, in front of the checkpoint %d: is it a new topic?", *partition, end, at)
             missing = max(0, first - at) if at != BEGINNING else 0
             start = self._next[partition] = min(max(at, first), end)
-            self.began[partition] = Began(start, end, missing, moved)
+            self.began[partition] = Began(start, end, missing, moved, another)
 
     def _know_positions(self, consumer: ConsumerLike) -> None:
         """Once: tell that nothing will be missed from now on, and how far there is to read."""

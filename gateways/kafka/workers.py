@@ -336,9 +336,10 @@ class Consumer:
         """Return the partitions of `topic` as the client knows them; none when there is no such topic."""
         return sorted(self._consumer.partitions_for_topic(topic))
 
-    def identity(self, topic: str) -> object:
+    def identity(self, topic: str) -> str | None:
         """Return what tells `topic` from an earlier one of its name; None: the client does not know."""
-        return self._consumer._client.cluster.topic_id(topic)
+        found = self._consumer._client.cluster.topic_id(topic)
+        return None if found is None else str(found)
 
     def first_offsets(self, partitions: Sequence[tuple[str, int]]) -> dict[tuple[str, int], int]:
         """Return the offset of the oldest record of each partition."""

@@ -50,6 +50,8 @@ class MemoryKafka:
         self.here = trio.Event()
         self.here.set()
         self.changed = trio.Event()
+        self.identity = "first"
+        """Of the bus topic."""
         self.twice = False
         """Every record is written twice, as a producer that was rebuilt may do."""
         self.refuse: Callable[[Record], bool] = lambda record: False
@@ -163,6 +165,8 @@ class MemoryConsumer:
         self.positions_known = trio.Event()
         self.caught_up = trio.Event()
         self.room: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint
+        self.on_another: Callable[[str, str | None], None] = lambda topic, identity: None
+        self.expected: str | None = None
         self.gate = trio.Event()
         """While it is not set, nothing more is read."""
         self.gate.set()
@@ -177,11 +181,13 @@ class MemoryConsumer:
         task_status.started()
         await self.kafka.here.wait()
         bus, retained = self.settings.topic, self.settings.retained_topic
+        another = self.expected not in (None, self.kafka.identity)
         for number in range(self.kafka.sizes.partitions):
             first, end = self.kafka.first.get((bus, number), 0), len(self.kafka.log(bus, number))
             wanted = self.offsets.get(number, 0) if self.offsets else end
+            wanted = first if another else wanted
             start = self.positions[bus, number] = min(max(wanted, first), end)
-            self.began[bus, number] = Began(start, end, max(0, first - wanted))
+            self.began[bus, number] = Began(start, end, max(0, first - wanted), another=another)
             self.positions[retained, number] = 0
         self.positions_known.set()
         while True:
@@ -199,6 +205,12 @@ class MemoryConsumer:
                     self.on_records([record])
             self.caught_up.set()
             await changed.wait()
+
+    def expect(self, topic: str, identity: str) -> None:
+        self.expected = identity
+
+    def identity(self, topic: str) -> str | None:
+        return self.kafka.identity
 
     def commit(self, offsets: Mapping[tuple[str, int], int]) -> None:
         self.committed.update(offsets)

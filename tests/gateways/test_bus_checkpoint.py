@@ -289,6 +289,38 @@ async def test_a_topic_that_is_made_again_is_live_again(autojump_clock: MockCloc
     assert await heard(two, "kept") == [b"0", b"1", b"2", b"3", b"4", b"again"]
 
 
+async def test_a_topic_that_is_made_again_while_its_node_is_away(
+    autojump_clock: MockClock, cluster: WholeCluster
+) -> None:
+    """It is longer than where the checkpoint stood: only its identity tells."""
+    one, two = await cluster.start("one"), await cluster.start("two")
+    await leave_behind(two, "kept", "t")
+    publisher = await one.connect("publisher")
+    for number in range(3):
+        await publisher.publish("t", b"%d" % number, qos=2)
+        await trio.sleep(SOON)
+    assert await heard(two, "kept") == [b"0", b"1", b"2"]
+    await trio.sleep(10)
+    await two.kill()
+    key = "monster", partition_for(b"t", 12)
+    cluster.kafka.log(*key).clear()
+    cluster.kafka.identity = "second"
+    one.consumer.positions[key] = 0
+    one.consumer.on_another("monster", "second")
+    for number in range(10, 20):
+        await publisher.publish("t", b"%d" % number, qos=2)
+        await trio.sleep(SOON)
+    two = await cluster.start("two")
+    assert await heard(two, "kept") == [b"%d" % number for number in range(10, 20)]
+    await publisher.publish("t", b"20", qos=2)
+    await trio.sleep(10)
+    for name, node in (("one", one), ("two", two)):
+        await node.kill()
+        node = await cluster.start(name)
+        if name == "two":
+            assert await heard(node, "kept") == [b"20"], "nothing comes again"
+
+
 async def test_kafka_that_comes_late_brings_the_backlog_to_those_who_are_owed_it(
     autojump_clock: MockClock, cluster: WholeCluster
 ) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import AsyncIterator, Callable, Mapping
+from functools import partial
 from typing import Any
 
 import attrs
 import pytest
 import trio
-from kafka import KafkaAdminClient
+from kafka import KafkaAdminClient, KafkaProducer
 
 from gateways.kafka.bridge import ConsumerBridge, ProducerBridge
 from gateways.kafka.bus import Bus
@@ -266,3 +267,45 @@ async def test_outage_loses_no_acknowledged_message_and_counts_the_rest(own_kafk
         assert one.host.stopped == [True, False]
         await one.bus.stop()
         nursery.cancel_scope.cancel()
+
+
+async def test_a_checkpoint_knows_a_topic_that_was_made_again_though_it_is_longer(kafka: KafkaNode) -> None:
+    topic = unique_name("again")
+
+    def write(count: int, *, anew: bool) -> None:
+        admin: Any = KafkaAdminClient(bootstrap_servers=kafka.servers)
+        try:
+            if anew:
+                admin.delete_topics([topic])
+            admin.create_topics({topic: {"num_partitions": 1, "replication_factor": 1}}, wait_for_metadata=True)
+        finally:
+            admin.close()
+        producer = KafkaProducer(bootstrap_servers=kafka.servers)
+        for number in range(count):
+            producer.send(topic, b"%d" % number, partition=0)
+        producer.flush(30)
+        producer.close()
+
+    async def read(offset: int, identity: str | None) -> tuple[list[int], str | None]:
+        found: list[ConsumedRecord] = []
+        bridge = ConsumerBridge(
+            KafkaOptions(servers=kafka.servers), Cluster([kafka.servers]), [(topic, {0: offset})], found.extend
+        )
+        if identity is not None:
+            bridge.expect(topic, identity)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(bridge.run)
+            with trio.fail_after(LIMIT):
+                await bridge.caught_up.wait()
+            nursery.cancel_scope.cancel()
+        return [record.offset for record in found], bridge.identity(topic)
+
+    await trio.to_thread.run_sync(partial(write, 5, anew=False))
+    offsets, identity = await read(3, None)
+    assert offsets == [3, 4]
+    assert identity is not None
+    assert await read(5, identity) == ([], identity)
+    await trio.to_thread.run_sync(partial(write, 10, anew=True))
+    offsets, other = await read(5, identity)
+    assert offsets == list(range(10))
+    assert other not in (None, identity)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import pytest
 import trio
 
@@ -68,6 +70,32 @@ async def test_a_topic_that_was_made_anew_is_read_from_its_end(caplog: pytest.Lo
     assert await reading.read() == []
     assert reading.bridge.began["t", 0] == Began(10, 10)
     assert "t-0 ends at 10, in front of the checkpoint 99" in caplog.text
+
+
+async def test_a_topic_that_was_made_anew_and_is_longer_is_known_by_its_identity(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Also when the first attempt fails behind that look."""
+    reading = Reading({0: 7, 1: 3}, group={("t", 0): (5, "")})
+    reading.bridge.expect("t", "an earlier one")
+    first_offsets, failures = reading.consumer.first_offsets, [ConnectionError("once")]
+
+    def fail_once(partitions: Sequence[tuple[str, int]]) -> Mapping[tuple[str, int], int]:
+        if failures:
+            raise failures.pop()
+        return first_offsets(partitions)
+
+    reading.consumer.first_offsets = fail_once  # type: ignore[method-assign]
+    assert await reading.read() == [(number, offset) for number in (0, 1) for offset in range(10)]
+    assert reading.bridge.began == {("t", number): Began(0, 10, another=True) for number in (0, 1)}
+    assert reading.bridge.identity("t") == "0"
+    assert caplog.text.count("deleted and made again") == 1
+
+
+async def test_the_topic_of_the_checkpoint_goes_on() -> None:
+    reading = Reading({0: 7, 1: 10})
+    reading.bridge.expect("t", "0")
+    assert await reading.read() == [(0, 7), (0, 8), (0, 9)]
 
 
 @pytest.mark.parametrize("note", ["", "mqtt-trio 9", "somebody"])

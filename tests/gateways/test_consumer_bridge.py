@@ -53,8 +53,8 @@ class FakeConsumer:
     def partitions(self, topic: str) -> list[int]:
         return sorted(number for name, number in self.kafka if name == topic)
 
-    def identity(self, topic: str) -> object:
-        return self.lives.get(topic, 0)
+    def identity(self, topic: str) -> str | None:
+        return str(self.lives.get(topic, 0))
 
     def first_offsets(self, partitions: Sequence[tuple[str, int]]) -> Mapping[tuple[str, int], int]:
         return dict.fromkeys(partitions, self.first)
