@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hypothesis
 import pytest
 
 from mqtt_trio.testing import memory_broker as memory_broker
@@ -11,6 +12,10 @@ from tests.kafka_support import secure_kafka as secure_kafka
 from tests.kafka_support import shared_cluster as shared_cluster
 from tests.kafka_support import three_kafkas as three_kafkas
 from tests.registry_support import schema_registry as schema_registry
+
+# An example that takes long says that other programs have the cores. What has to be quick is asserted where it is.
+hypothesis.settings.register_profile("busy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("busy")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
