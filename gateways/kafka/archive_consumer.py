@@ -95,7 +95,8 @@ class ArchiveConsumer:
     format: Literal["JSON", "AVRO", "RAW"] = attrs.field(default="JSON", validator=in_(FORMATS))
     """`Format` of the archive group that writes the topics."""
     find_schema: Find | None = None
-    """AVRO: returns the text of a schema by its id in a registry, called in the consumer's thread."""
+    """AVRO: returns the text of a schema by its id in a registry, called in the consumer's thread. None: that of
+    [Kafka.SchemaRegistry], where `options` name one."""
     close_timeout: float = attrs.field(default=10.0, validator=[ge(0), le(3600)])
     """Seconds that leaving the block may take."""
     open_consumer: Callable[[Member], MemberConsumerLike] | None = None
@@ -120,10 +121,17 @@ class ArchiveConsumer:
         self._token = trio.lowlevel.current_trio_token()
         member = self._member = self._make_member()
         member.on_records, member.on_stored = self._take, self._tell
-        member.read = reader_of(self.format, self.find_schema).read
+        member.read = reader_of(self.format, self._schemas()).read
         trio.lowlevel.start_thread_soon(member.run, self._thread_ended, f"Kafka consumer {member.name}")
         await trio.lowlevel.checkpoint()
         return self
+
+    def _schemas(self) -> Find | None:
+        if self.find_schema is not None or self.format != "AVRO" or self.options.schema_registry.url is None:
+            return self.find_schema
+        from gateways.kafka.schema_registry import SchemaRegistry
+
+        return SchemaRegistry(self.options).schema
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

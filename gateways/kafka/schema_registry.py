@@ -35,7 +35,8 @@ NO_SUBJECT: Final = (40401, 40402, 40403)
 
 
 class RegistryError(GatewayError):
-    """What the registry did not do. The text names what can be mended and shows no secret."""
+    """What the registry did not do. The text names what can be mended and shows no secret; `retriable` is False only
+    where nobody can mend it, such as a schema that is not there."""
 
 
 def check(options: KafkaOptions) -> None:
@@ -101,13 +102,15 @@ class SchemaRegistry:
         """
         status, answer = self._ask("GET", f"/schemas/ids/{schema_id}")
         if status == 404 and _code(answer) in NO_SUBJECT:
-            self._fail(f"has no schema with the id {schema_id}; the records that name it come from another registry")
+            text = f"has no schema with the id {schema_id}; the records that name it come from another registry"
+            self._fail(text, retriable=False)
         if status != 200:
             self._refuse(status, answer, f"schema {schema_id}")
-        table = answer if isinstance(answer, dict) else {}
-        found = table.get("schema")
-        if not isinstance(found, str) or table.get("schemaType", "AVRO") != "AVRO":
-            self._fail(f"schema {schema_id} is no Avro schema")
+        found = answer.get("schema") if isinstance(answer, dict) else None
+        if not isinstance(answer, dict) or not isinstance(found, str):
+            self._fail(f"its answer holds no schema {schema_id}")
+        if answer.get("schemaType", "AVRO") != "AVRO":
+            self._fail(f"schema {schema_id} is no Avro schema", retriable=False)
         return found
 
     def look(self) -> None:
@@ -168,7 +171,7 @@ class SchemaRegistry:
             if len(data) > LARGEST_ANSWER:
                 self._fail(f"its answer has more than {LARGEST_ANSWER} bytes")
             if time.monotonic() > deadline:
-                self._fail("no answer in time", retriable=True)
+                self._fail("no answer in time")
         return bytes(data)
 
     # --- what is wrong
@@ -207,9 +210,9 @@ class SchemaRegistry:
             self._fail(
                 f"sends its clients elsewhere ({status}), which is not followed; set {SECTION}.Url to that place"
             )
-        self._fail(f"answers {status} to the request for {what}{words}", retriable=status >= 500 or status == 429)
+        self._fail(f"answers {status} to the request for {what}{words}")
 
-    def _fail(self, text: str, *, retriable: bool = False) -> NoReturn:
+    def _fail(self, text: str, *, retriable: bool = True) -> NoReturn:
         raise RegistryError(self._named(text), retriable=retriable)
 
     def _named(self, text: str) -> str:
