@@ -80,7 +80,8 @@ class Inbound:
         if kept is None and packet.retain and packet.qos == 2 and session.number and packet_id in session.received:
             # It removed nothing. Behind a kill it would be new when it comes again, and undo what came after it, which
             # the store knows for received.
-            self.broker.keeper.received(session, packet_id, gated=bool(answers))
+            gated = any(isinstance(answer, Hold) and not answer.kept for answer in answers)
+            self.broker.keeper.received(session, packet_id, gated=gated)
         self.acknowledge(session, int(packet.qos), packet_id, answers, kept)
 
     def _may_take(self, link: ClientLink, session: Session) -> bool:

@@ -117,6 +117,9 @@ class Keeper:
         """An inbound QoS 2 Packet Identifier is in use. `gated`: taps have not let its message go, so if that is not
         known any more when it comes again, it is shown to them once more."""
         value = -packet_id if gated else packet_id
+        before = session.received_kept.get(packet_id)
+        if before == -value:  # one row for each, or it would be in use for ever once this one is freed
+            self.journal.batch.received[session.number, before] = False
         session.received_kept[packet_id] = value
         self.journal.batch.received[session.number, value] = True
         self.journal.size += ROW_SIZE

@@ -12,9 +12,9 @@ from mqtt_trio.broker.message import Message
 from mqtt_trio.broker.recovery import Recovery
 from mqtt_trio.broker.tap import Answer, FrameRun, Hold, TapRoute, keeps, read_run
 from mqtt_trio.protocol.codes import ReasonCode
-from tests.broker.test_gates import LANES, PUBREC, Gate, commit, connect, fail, message
+from tests.broker.test_gates import LANES, PUBREC, PUBREL, Gate, commit, connect, fail, message
 from tests.lane_worlds import Setup, World
-from tests.wire import V5, V311
+from tests.wire import V5, V311, publish
 
 
 class Keeper:
@@ -115,6 +115,31 @@ async def test_a_tap_beside_it_that_gates_is_shown_the_message_again_alone() -> 
     world._settle()
     commit(world)
     assert link.sent == PUBREC + b"\1"
+
+
+@pytest.mark.parametrize("gated", [False, True])
+async def test_an_identifier_is_free_behind_a_removal_of_nothing(gated: bool) -> None:
+    """It is noted for its own sake, and for the tap's: one row, or the next message under it is lost after a kill."""
+    world, keeper = make_world()
+    topic = "held" if gated else "t"
+    gate = Gate()
+    world.broker.add_tap(gate)
+    link = connect(world, "p")
+    world.feed(link, publish(V311, topic, b"", flags=5, packet_id=1))
+    commit(world)
+    assert len(world.store.load().received) == 1
+    keeper.release()
+    for hold in gate.holds:
+        hold.release()
+    world._settle()
+    commit(world)
+    assert link.sent == PUBREC + b"\1"
+    world.feed(link, PUBREL + b"\1")
+    commit(world)
+    assert list(world.store.load().received) == []
+    world, keeper = restart(world)
+    world.feed(connect(world, "p"), message(V311, 1))
+    assert keeper.seen == [b"1"]
 
 
 async def test_at_qos_1_nothing_but_the_mark_is_noted() -> None:
