@@ -44,7 +44,8 @@ def test_two_nodes_hear_each_other_over_kills_of_both_and_of_kafka(tmp_path: Pat
     code, table = figures(tmp_path / "figures.json", *load)
     assert (code, table["violations"]) == (0, []), f"seed {table['seed']}"
     assert table["acknowledged"] == table["messages"] > 500
-    assert table["records"] >= 4 * table["messages"], "two subscribers on each node, all of them get everything"
+    assert table["records"] >= 4 * 0.6 * table["messages"], "two subscribers on each node get all but retained ones"
+    assert table["retained"] > 20, "a third node, which starts at the end, has them as well"
 
 
 @pytest.mark.parametrize(

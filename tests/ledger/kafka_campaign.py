@@ -1,6 +1,7 @@
 """One ledger that ends in Kafka: publishers at work, nodes, brokers and the network failing, the verdict.
 
-`archive`: one node, one archive group. `bus`: two nodes, subscribers on both. `outage`: one node while Kafka is away.
+`archive`: one node, one archive group. `bus`: two nodes, subscribers on both, and retained messages, which a third node
+that starts at the end has as well. `outage`: one node while Kafka is away.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ from typing import Final, Literal, TypeVar
 import attrs
 
 from tests.ledger.campaign import BOUNDS, CannotMeasure
+from tests.ledger.crew import all_ready
 from tests.ledger.kafka_stage import Stage
 from tests.ledger.nodes import Node
 from tests.ledger.proxy import FAIR, Weather
 from tests.ledger.stream_crew import StreamCrew, StreamOptions
 from tests.ledger.stream_verdict import Duplicates, Found, count_acknowledged, judge_stream
-from tests.ledger.verdict import repeated
+from tests.ledger.verdict import judge_retained, repeated
 from tests.simulation import oracle
 from tests.simulation.history import NEVER
 from tests.simulation.oracle import Violation
@@ -40,7 +42,9 @@ COMMAND_LIMIT: Final = 120.0
 SHUTDOWN_TIMEOUT: Final = 10
 STOP_LIMIT: Final = SHUTDOWN_TIMEOUT + 8.0
 """Seconds from SIGTERM to the end of the process, on a busy machine."""
-REQUIRED: Final = ("lost", "duplicate", "order")
+REQUIRED: Final = ("lost", "retained", "duplicate", "order")
+RETAINED: Final = 8
+"""Topics of each publisher with retained messages, on the bus."""
 
 
 @attrs.frozen(kw_only=True)
@@ -76,6 +80,8 @@ class StreamReport:
     """Acknowledged and not there, as `OnOutage = "drop"` says."""
     records: int
     """In the topic, or deliveries."""
+    retained: int
+    """Topics with a retained message, in the end."""
     sent_again: int
     again_qos1: int
     again_qos2: int
@@ -100,11 +106,17 @@ class KafkaCampaign:
         self.stage = Stage(directory, options.brokers)
         self.nodes = self._make_nodes()
         self.world = self.nodes[0].world
-        crew_options = attrs.evolve(options.crew, refuses=options.ack == "store" or options.on_outage == "reject")
+        crew_options = attrs.evolve(
+            options.crew,
+            refuses=options.ack == "store" or options.on_outage == "reject",
+            retained=RETAINED if options.mode == "bus" else 0,
+        )
         self.crew = StreamCrew(crew_options, random.Random(options.seed + 1), self._noticed)
         self.faults: Counter[str] = Counter()
         self.trouble: list[Violation] = []
         self.found: list[Found] = []
+        self.retained_found: dict[str, dict[str, bytes]] = {}
+        """By node and topic."""
         self.longest_silence = 0.0
         self.dropped = 0
         self.answers = 0
@@ -112,15 +124,14 @@ class KafkaCampaign:
         self._worker = ThreadPoolExecutor(1)
 
     def _make_nodes(self) -> list[Node]:
-        names = ["a", "b"] if self.options.mode == "bus" else ["a"]
-        nodes: list[Node] = []
-        for name in names:
-            file = self.directory / f"{name}.toml"
-            file.write_text(self._config(name))
-            arguments = ["--config", str(file), *BOUNDS, *self.options.arguments]
-            folder = self.directory / name
-            nodes.append(Node(folder, self.options.command, arguments, nodes[0] if nodes else None))
-        return nodes
+        first = self._make_node("a", None)
+        return [first, self._make_node("b", first)] if self.options.mode == "bus" else [first]
+
+    def _make_node(self, name: str, first: Node | None) -> Node:
+        file = self.directory / f"{name}.toml"
+        file.write_text(self._config(name))
+        arguments = ["--config", str(file), *BOUNDS, *self.options.arguments]
+        return Node(self.directory / name, self.options.command, arguments, first)
 
     def _config(self, name: str) -> str:
         options = self.options
@@ -325,6 +336,7 @@ class KafkaCampaign:
         """Wait for what is promised to arrive, end the nodes, read the topic."""
         if self.options.mode == "bus":
             self._wait_for_deliveries()
+            self._read_retained()
         else:
             self._wait_for_records()
         for node in self.nodes:
@@ -355,6 +367,30 @@ class KafkaCampaign:
                 return
             self._pause(1.0, 1.0)
 
+    def _read_retained(self) -> None:
+        """Ask every node for all retained messages, a new one included; again until they are as they should be."""
+        late = self._make_node("c", self.nodes[0])
+        self.nodes.append(late)
+        late.start()
+        since = time.monotonic()
+        while True:
+            readers = {node.name: self.crew.reader_of_retained(node.world) for node in self.nodes}
+            self._wait(lambda readers=readers: all_ready(readers.values()), "not all can subscribe")  # type: ignore[misc]
+            self._pause(2.0, 2.0)
+            for name, reader in readers.items():
+                came = reader.subscriber.interest.deliveries
+                self.retained_found[name] = {delivery.topic_name: delivery.payload for delivery in came}
+                reader.leave()
+            if not self._judge_retained() or time.monotonic() - since > self.options.patience:
+                return
+
+    def _judge_retained(self) -> list[Violation]:
+        violations: list[Violation] = []
+        for name, found in self.retained_found.items():
+            judged = judge_retained(self.crew.retained, found)
+            violations += [attrs.evolve(each, text=f"node {name}: {each.text}") for each in judged]
+        return violations
+
     def _by_policy(self, violations: list[Violation]) -> list[Violation]:
         """Compare what is missing, or was refused, with the counters of a node that is to drop or to reject [K10]."""
         policy, messages = self.options.on_outage, self.crew.messages
@@ -380,7 +416,7 @@ class KafkaCampaign:
         violations = [Violation("wire", client, text) for client, text in history.complaints]
         if self.options.mode == "bus":
             history.kills, history.restless = sum(node.world.kills for node in self.nodes), True
-            violations = oracle.judge(attrs.evolve(history))
+            violations = oracle.judge(attrs.evolve(history)) + self._judge_retained()
             deliveries = [interest.deliveries for interest in history.interests.values()]
             records = sum(map(len, deliveries))
             again = Duplicates(sum(repeated(each, 1) for each in deliveries))
@@ -400,6 +436,7 @@ class KafkaCampaign:
             refused=sum(message.refused_at < NEVER for message in crew.messages),
             dropped=self.dropped,
             records=records,
+            retained=len(self.retained_found.get("a", ())),
             sent_again=history.counts["publisher's DUP"],
             again_qos1=again.qos1,
             again_qos2=again.qos2,

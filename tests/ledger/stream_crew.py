@@ -13,12 +13,15 @@ from tests.ledger.devices import Device, Notice
 from tests.ledger.sockets import SocketWorld
 from tests.ledger.stream_verdict import Numbered
 from tests.simulation.client import Outgoing, Talk
-from tests.simulation.history import History
+from tests.simulation.history import History, Message
 from tests.simulation.network import Connection
 from tests.simulation.plan import ClientPlan, Habits
 
 TOPICS: Final = 3
 """Of each publisher."""
+RETAINED_SHARE: Final = 0.25
+"""Of the messages of one that has topics with retained messages."""
+REMOVALS: Final = 0.2
 SIZES: Final = (0, 0, 0, 20, 150, 2000)
 BACKLOG: Final = 300
 """Messages of one publisher on their way; it publishes no more until some are acknowledged."""
@@ -36,6 +39,8 @@ class StreamOptions:
     """Messages/s of all publishers together."""
     refuses: bool = False
     """Whether the broker may refuse: a negative answer to 5.0 clients, the end of the connection to others."""
+    retained: int = 0
+    """Further topics of each publisher: those of its retained messages, which nobody subscribes to."""
 
 
 class Reporter(Device):
@@ -70,6 +75,8 @@ class StreamCrew:
         self.options, self.rng, self.notice = options, rng, notice
         self.history = History([])
         self.messages: list[Numbered] = []
+        self.retained: list[Message] = []
+        """Those of them that are to be retained, or remove what was."""
         self.publishers: list[Reporter] = []
         self.subscribers: list[Device] = []
         self.publishes = False
@@ -90,6 +97,13 @@ class StreamCrew:
             client = Device(world, self._plan("subscriber", filters), self.history, self._rng(), lambda kind: None)
             client.start()
             self.subscribers.append(client)
+
+    def reader_of_retained(self, world: SocketWorld) -> Device:
+        """Have a client come to a node that is sent all retained messages."""
+        plan = self._plan("reader", {"r/#": 2})
+        client = Device(world, plan, History([]), self._rng(), lambda kind: None)
+        client.start()
+        return client
 
     def _rng(self) -> random.Random:
         return random.Random(self.rng.random())
@@ -124,11 +138,25 @@ class StreamCrew:
 
     def _message(self, publisher: Reporter) -> Numbered:
         rng, number = self.rng, next(self._numbers)
+        if self.options.retained and rng.random() < RETAINED_SHARE:
+            return self._retained(publisher, number)
         topic_name = f"t/{publisher.number}/{rng.randrange(TOPICS)}"
         payload = f"{publisher.name}|{topic_name}|{number}|".encode() + b"." * rng.choice(SIZES)
         message = Numbered(publisher.name, topic_name, number, rng.randint(1, 2), payload)
         self.messages.append(message)
         self.history.messages.append(message)
+        return message
+
+    def _retained(self, publisher: Reporter, number: int) -> Numbered:
+        """One QoS per topic: a QoS 1 message that comes again may overwrite a later one at QoS 2."""
+        rng = self.rng
+        last = rng.randrange(self.options.retained)
+        topic_name = f"r/{publisher.number}/{last}"
+        payload = f"{publisher.name}|{topic_name}|{number}|".encode() + b"." * rng.choice(SIZES)
+        message = Numbered(publisher.name, topic_name, number, last % 2 + 1, payload)
+        message.retain, message.removes = True, rng.random() < REMOVALS
+        self.messages.append(message)
+        self.retained.append(message)
         return message
 
     def busy(self) -> list[str]:
