@@ -22,6 +22,17 @@ from mqtt_trio.archive.store import Outcome as Outcome
 from mqtt_trio.archive.store import Progress as Progress
 from mqtt_trio.archive.store import RebuildTarget as RebuildTarget
 from mqtt_trio.broker.connections import Newcomer as Newcomer
+from mqtt_trio.broker.events import ClientConnected as ClientConnected
+from mqtt_trio.broker.events import ClientDisconnected as ClientDisconnected
+from mqtt_trio.broker.events import Event as Event
+from mqtt_trio.broker.events import EventSink as EventSink
+from mqtt_trio.broker.events import NodeDown as NodeDown
+from mqtt_trio.broker.events import NodeUp as NodeUp
+from mqtt_trio.broker.events import OutageBegan as OutageBegan
+from mqtt_trio.broker.events import OutageEnded as OutageEnded
+from mqtt_trio.broker.events import SessionTakenOver as SessionTakenOver
+from mqtt_trio.broker.events import Subscribed as Subscribed
+from mqtt_trio.broker.events import Unsubscribed as Unsubscribed
 from mqtt_trio.broker.local import Parcel as Parcel
 from mqtt_trio.broker.message import Message as Message
 from mqtt_trio.broker.router import Router as Router
@@ -157,6 +168,10 @@ class GatewayHost(Protocol):
 
     def make_spool(self, name: str, max_bytes: int) -> Spool:
         """Make a spool of this name among the node's data. Whoever asks runs and stops it."""
+
+    def watch_events(self, sink: EventSink) -> None:
+        """Tell `sink` of rare facts about the broker (`mqtt_trio.broker.events`). It runs inside the hot stretch, is
+        quick and does not raise."""
 
     def watch_clients(self, watcher: Callable[[Newcomer], None]) -> None:
         """Tell `watcher` of each client that has connected with a Client Identifier of its own, behind its CONNACK.

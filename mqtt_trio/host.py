@@ -10,6 +10,7 @@ import trio
 from mqtt_trio.archive.spool import Spool, spool_path
 from mqtt_trio.broker.broker import Broker
 from mqtt_trio.broker.connections import Newcomer
+from mqtt_trio.broker.events import EventSink
 from mqtt_trio.broker.local import LocalPublisher
 from mqtt_trio.broker.message import Message
 from mqtt_trio.broker.spread import Spread
@@ -63,6 +64,10 @@ class Host:
     def make_spool(self, name: str, max_bytes: int) -> Spool:
         """Make a spool of this name."""
         return Spool(spool_path(self._data, name), max_bytes=max_bytes, synchronous=self._synchronous)
+
+    def watch_events(self, sink: EventSink) -> None:
+        """Tell `sink` of rare facts."""
+        self.broker.watch_events(sink)
 
     def watch_clients(self, watcher: Callable[[Newcomer], None]) -> None:
         """Tell `watcher` of each client that connects."""

@@ -17,6 +17,7 @@ from gateways.kafka.cluster import Cluster
 from gateways.kafka.cluster_watch import follow, trouble_of
 from gateways.kafka.dead_letters import DeadLetters
 from gateways.kafka.dlq import Stage
+from gateways.kafka.events_out import EventsOut
 from gateways.kafka.exposed import figures_of
 from gateways.kafka.groups import bus_group
 from gateways.kafka.mapping import JsonMapper, RawMapper, RecordMapper
@@ -63,6 +64,7 @@ class KafkaGateway:
         self._schema_ids: SchemaIds | None = None
         self._bus: Bus | None = None
         self._stream: Stream | None = None
+        self._events: EventsOut | None = None
         self._topics: TopicManager | None = None
 
     def archive_store(
@@ -142,12 +144,17 @@ class KafkaGateway:
             if self._archive is not None:
                 self._archive.after_drain = host.flush
                 await nursery.start(self._archive.run)
+            if self.options.topics.events.enabled:
+                self._events = EventsOut(self.options, self.cluster, host)
+                await nursery.start(self._events.run)
             if self.options.bus.enabled:
                 self._bus = self._make_bus(host)
+                if self._events is not None:
+                    self._bus.nodes.silent = self._events.node_silent
                 nursery.start_soon(follow, self.cluster, self._bus.outbox.look)
                 await nursery.start(self._bus.run)
             else:
-                if self._archive is not None or self.options.has_stream:
+                if self._archive is not None or self._events is not None or self.options.has_stream:
                     nursery.start_soon(watch_presence, self.cluster)
                 with trio.move_on_after(START_PATIENCE):
                     await self._topics.looked.wait()
@@ -239,6 +246,8 @@ class KafkaGateway:
                     nursery.start_soon(self._stop_archive, self._archive)
                 if self._stream is not None:
                     nursery.start_soon(self._stream.stop)
+                if self._events is not None:
+                    nursery.start_soon(self._events.stop)
         finally:
             if self._dlq is not None:  # last: the others may end with letters
                 await self._dlq.stop()
@@ -280,6 +289,8 @@ class KafkaGateway:
             counters |= self._bus.counters()
         if self._stream is not None:
             counters |= self._stream.counters()
+        if self._events is not None:
+            counters |= self._events.counters()
         return counters | self.dead_letters.counters()
 
     def figures(self) -> Iterator[Figure]:

@@ -114,6 +114,9 @@ MEANINGS: Final[Mapping[str, str]] = {
     **{f"stream_{name}": meaning for name, meaning in _STREAM.items()},
     **{f"stream_producer_{name}": f"{_PRODUCER[name][:-1]}, of the stream." for name in sorted(OF_THREADS)},
     **{f"stream_consumer_{name}": f"{meaning[:-1]}, of the stream." for name, meaning in _CONSUMER.items()},
+    "events_written": "Events that Kafka has confirmed.",
+    "events_dropped": "Events that Kafka will not get: too many waited for it, or it does not take them.",
+    **{f"events_producer_{name}": f"{_PRODUCER[name][:-1]}, of events." for name in sorted(OF_THREADS)},
     **{f"dlq_{name}": meaning for name, meaning in _DLQ.items()},
     **{f"dlq_{reason}": f"Dead letters because of {reason}." for reason in Reason},
 }

@@ -66,6 +66,8 @@ class Nodes:
         self.known: dict[bytes, KnownNode] = {}
         self.changed: Callable[[str, bytes, bool], None] = lambda node_id, instance_id, live: None
         """Told of each instance that is live, or is so no more."""
+        self.silent: Callable[[str], None] = lambda node_id: None
+        """Told of each node that fell silent without a goodbye."""
         self.deaf: Callable[[], bool] = lambda: False
         """Kafka is away: that nobody is heard then says nothing about them."""
         self._send = send
@@ -188,6 +190,7 @@ class Nodes:
         for instance_id, node in list(self.known.items()):
             if node.seen_at < limit:
                 self._pop(instance_id)
+                self.silent(node.node_id)
                 log.warning("node %s (%s, pid %d) is silent", node.node_id, node.facts.host, node.facts.pid)
 
 

@@ -93,7 +93,7 @@ class Broker:
         """Whether user names are more than claims: then nobody gets another user's session by its Client Identifier."""
         self.authorizer = authorizer or AllowEverything()
         self.response_information = response_information
-        self._events = events
+        self._sinks = [events] if events is not None else []
         self.journal = journal or Journal(keeps=False)
         """What the store is told."""
         self.router: Router[Session | ShareGroup] = Router()
@@ -248,10 +248,14 @@ class Broker:
         self.router.generation += 1
         self._forget_audiences()
 
+    def watch_events(self, sink: EventSink) -> None:
+        """Hand events to `sink` as well from now on."""
+        self._sinks.append(sink)
+
     def emit(self, event: Event) -> None:
         """Hand a rare fact to whoever listens."""
-        if self._events is not None:
-            self._events(event)
+        for sink in self._sinks:
+            sink(event)
 
     # Routes
 

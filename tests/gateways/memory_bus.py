@@ -15,7 +15,7 @@ from gateways.kafka.poller import Began
 from gateways.kafka.records import ConsumedRecord, Record
 from mqtt_trio.archive.spool import Spool, inline, spool_path
 from mqtt_trio.errors import GatewayError, StartError
-from mqtt_trio.gateway import FrameRun, LocalClient, Message, Newcomer, Parcel, ProtocolVersion, Spread, Tap
+from mqtt_trio.gateway import EventSink, FrameRun, LocalClient, Message, Newcomer, Parcel, ProtocolVersion, Spread, Tap
 
 LATENCY = 0.001
 """Seconds between an offer and its confirmation."""
@@ -268,6 +268,7 @@ class FakeHost:
     def __init__(self, node_id: str, instance_id: bytes) -> None:
         self.node_id = node_id
         self.instance_id = instance_id
+        self.sinks: list[EventSink] = []
         self.complete = trio.Event()
         self.complete.set()
         self.local = FakeLocal()
@@ -301,6 +302,9 @@ class FakeHost:
     def make_spool(self, name: str, max_bytes: int) -> Spool:
         assert self.data is not None, "this test has no place for a spool"
         return Spool(spool_path(self.data, name), max_bytes=max_bytes, synchronous="OFF", run_sync=inline)
+
+    def watch_events(self, sink: EventSink) -> None:
+        self.sinks.append(sink)
 
     def watch_clients(self, watcher: Callable[[Newcomer], None]) -> None:
         self.watchers.append(watcher)

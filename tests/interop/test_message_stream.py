@@ -14,6 +14,7 @@ import pytest
 from jsonschema import Draft202012Validator
 from kafka import KafkaAdminClient, KafkaProducer
 
+from gateways.kafka.events_out import load_event_schema
 from gateways.kafka.mapping import load_schema
 from mqtt_trio.__main__ import main
 from tests.interop.broker_process import Brokers
@@ -41,6 +42,7 @@ class Stream:
     messages: str = attrs.field(factory=lambda: unique_name("messages"))
     dlq: str = attrs.field(factory=lambda: unique_name("dlq"))
     group: str = attrs.field(factory=lambda: unique_name("group"))
+    events: str = attrs.field(factory=lambda: unique_name("events"))
 
     def config(self, more: str = "Filter = []") -> str:
         """The configuration of a node; `more`: keys of [Kafka.Topics.Messages]."""
@@ -54,6 +56,9 @@ Partitions = {PARTITIONS}
 {more}
 [Kafka.Topics.Dlq]
 Name = "{self.dlq}"
+[Kafka.Topics.Events]
+Enabled = true
+Name = "{self.events}"
 """
         )
 
@@ -217,9 +222,25 @@ def test_what_clients_publish_is_in_the_stream_once_and_comes_back_to_nobody(
     totals: Counter[str] = Counter()
     for node in nodes:
         totals.update(node.counters())
+    check_events(stream, topic)
     assert totals["kafka.stream_messages_written"] == 61
     assert totals["kafka.stream_records_own"] == 61
     assert totals["kafka.stream_messages_published"] == 1
+
+
+def check_events(stream: Stream, topic: str) -> None:
+    """Everything that happened to the clients, and the nodes, is in mqtt.events."""
+    validator = Draft202012Validator(load_event_schema())
+    seen: dict[str, list[str]] = {}
+    for record in read_topic(stream.cluster.kafka, stream.events):
+        value = json.loads(record.value)
+        validator.validate(value)
+        seen.setdefault(record.key.decode(), []).append(value["event"])
+        if value["event"] == "subscribe":
+            assert (value["topicFilter"], value["qos"]) == (f"{topic}/#", 2)
+    for letter in "ab":
+        assert seen[f"at-node-{letter}"] == ["connect", "subscribe", "disconnect"]
+        assert seen[f"node-{letter}"] == ["node_up", "node_down"]
 
 
 def test_a_killed_node_loses_nothing_for_clients_that_come_back_late(
