@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import attrs
 import pytest
@@ -21,6 +23,7 @@ from tests.gateway_support import LIMIT
 from tests.gateways.memory_bus import FakeHost
 from tests.gateways.whole_nodes import SOON, WholeCluster, WholeNode, drain, open_cluster
 
+T = TypeVar("T")
 STORE = BusSettings(ack="store")
 REJECT = BusSettings(ack="store", on_outage="reject")
 
@@ -94,6 +97,28 @@ async def test_what_waits_for_a_slow_kafka_goes_to_the_spool(autojump_clock: Moc
         assert await answers(publisher, 1) == [ReasonCode.SUCCESS]
         assert [message.payload for message in await drain(listener)] == [b"%d" % n for n in range(1, 12)]
         assert one.counters()["bus_spool_messages"] == one.counters()["bus_messages_waiting"] == 0
+
+
+async def test_the_disk_gets_its_time(
+    autojump_clock: MockClock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those whose time ends while the spool is written are not told no."""
+
+    async def slowly(function: Callable[[], T]) -> T:
+        await trio.sleep(1)
+        return function()
+
+    monkeypatch.setattr("tests.gateways.whole_nodes.inline", slowly)
+    settings = attrs.evolve(STORE, ack_timeout=5, on_outage="spool")
+    async with open_cluster(settings, tmp_path) as cluster:
+        one = await cluster.start("one", kept=False)
+        publisher = await one.connect("publisher")
+        freeze(cluster, one)
+        for number in range(1, 11):
+            await send(publisher, number)
+            await trio.sleep(0.05)
+        assert await answers(publisher, 10) == [ReasonCode.SUCCESS] * 10
+        assert one.counters()["bus_messages_timed_out"] == 0
 
 
 # --- OnOutage = "reject", "drop"
