@@ -228,11 +228,13 @@ def rebuild_targets(options: Options) -> list[RebuildTarget]:
 
 def _check(loaded: LoadedConfig) -> int:
     from mqtt_trio.app import build_gateways
-    from mqtt_trio.config_show import show
+    from mqtt_trio.config_show import advice, show
 
     build_gateways(loaded)  # their client libraries know which options they take
     print(f"# mqtt-trio {__version__}, configuration: {loaded.path or 'defaults (no --config)'}")
     print("\n".join(show(loaded)))
+    for line in advice(loaded):
+        print(f"\n# warning: {line}")
     if loaded.inactive:
         print("\n# not active yet: " + ", ".join(loaded.inactive))
     return 0

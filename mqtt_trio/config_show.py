@@ -32,6 +32,11 @@ def show(loaded: LoadedConfig) -> list[str]:
     return lines
 
 
+def advice(loaded: LoadedConfig) -> list[str]:
+    """Return what the gateways would have otherwise, a line each; their options class may have `advice()` [K20]."""
+    return [line for options in loaded.gateways.values() for line in getattr(options, "advice", list)()]
+
+
 def _table(lines: list[str], loaded: LoadedConfig, value: object, key: Key, path: Path) -> None:
     """Add a table, or each table of a list, after it the tables below it."""
     if isinstance(value, list | tuple):

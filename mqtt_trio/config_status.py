@@ -9,7 +9,7 @@ from mqtt_trio.config_schema import Path, show_path
 from mqtt_trio.config_sources import Origin
 
 INACTIVE: Final[Mapping[str, tuple[object, ...]]] = {
-    "Kafka.Metrics": (),
+    "Kafka.Metrics.Reporters": ([], ["log"], ["prometheus"], ["log", "prometheus"], ["prometheus", "log"]),
     "Kafka.Topics.Sessions": (),
 }
 """Keys, or whole tables, that mean nothing yet -> values that say what is done anyway."""

@@ -461,6 +461,6 @@ def test_groups_that_share_a_topic_by_its_name_are_one(load: Any) -> None:
 
 
 def test_keys_of_later_features_are_accepted_and_named(load: Any) -> None:
-    loaded = load('[Kafka.Metrics]\nEnabled = true\n[Kafka.Topics.Sessions]\nName = "mine"')
-    assert sorted(loaded.inactive) == ["Kafka.Metrics.Enabled", "Kafka.Topics.Sessions.Name"]
+    loaded = load('[Kafka.Metrics]\nReporters = ["kafka"]\n[Kafka.Topics.Sessions]\nName = "mine"')
+    assert sorted(loaded.inactive) == ["Kafka.Metrics.Reporters", "Kafka.Topics.Sessions.Name"]
     assert load('[Kafka.Security]\nProtocol = "PLAINTEXT"\n[Persistence]\nStore = "MEMORY"').inactive == ()

@@ -181,6 +181,7 @@ class Admin:
                 partitions=len(partitions),
                 replication_factor=len(partitions[0]["replica_nodes"]),
                 leaders=all(p["leader_id"] >= 0 for p in partitions),
+                out_of_sync=sum(len(p["isr_nodes"]) < len(p["replica_nodes"]) for p in partitions),
                 config=config.get(name, {}),
                 writable="WRITE" in rights.get(name, ("WRITE",)),
                 readable="READ" in rights.get(name, ("READ",)),

@@ -9,6 +9,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Final, Protocol
 
+from gateways.kafka.advice import advice
 from gateways.kafka.options import KafkaOptions
 from gateways.kafka.precheck import Step, precheck
 from gateways.kafka.topic_plan import (
@@ -41,15 +42,23 @@ TITLES: Final[Mapping[str, str]] = {
 READ: Final = ("Kafka.Topics.Bus", "Kafka.Topics.Retained")
 """Topics that a node reads as well."""
 
+SKEW_RECORDS: Final = 1000
+"""Records per partition, on average, below which nothing is said about their spread."""
+MOST_SKEW: Final = 3.0
+"""Records of the fullest partition, in multiples of the average, beyond which it is worth a word."""
+
 
 class Examiner(AdminLike, Protocol):
     """What is needed of `admin.Admin`."""
 
+    def bounds(self, partitions: Sequence[tuple[str, int]]) -> Mapping[tuple[str, int], tuple[int, int]]: ...
     def may_create(self, name: str, partitions: int, replication_factor: int) -> str | None: ...
 
 
 def examine(options: KafkaOptions, archive_topics: Sequence[str | None]) -> Iterator[Finding]:
     """Yield what is found as it is found; never raises for what is wrong with Kafka."""
+    for one in advice(options):
+        yield Finding(Verdict.NOTE, one.about, one.text, one.mend)
     reached = False
     for server in options.server_names:
         reached = (yield from _server(options, server)) or reached
@@ -101,6 +110,8 @@ def _topics(admin: Examiner, options: KafkaOptions, plans: Sequence[TopicPlan]) 
         state = states.get(plan.name)
         if state is not None:
             yield from _topic(plan, state, brokers, tools)
+            if state.leaders and state.readable:
+                yield from _spread(admin, plan.name, state.partitions)
         else:
             yield _absent(plan, admin.may_create(plan.name, plan.partitions, plan.factor(brokers)), brokers, tools,
                           hidden=plan.name in states)  # fmt: skip
@@ -122,11 +133,33 @@ def _topic(plan: TopicPlan, state: TopicState, brokers: int, tools: KafkaTools) 
         found.append(
             Finding(Verdict.PROBLEM, about, "has partitions without a leader", "start the brokers that are down")
         )
+    if state.out_of_sync:
+        text = f"{state.out_of_sync} of {state.partitions} partitions are under-replicated"
+        mend = "start the brokers that are down, or wait until they have caught up"
+        found.append(Finding(Verdict.PROBLEM, about, text, mend))
     found += [_difference(about, one) for one in differences(plan, state, brokers)]
     if all(one.verdict is not Verdict.PROBLEM for one in found):
         text = f"{state.partitions} partitions, replication factor {state.replication_factor}"
         yield Finding(Verdict.OK, about, text)
     yield from found
+
+
+def _spread(admin: Examiner, topic: str, partitions: int) -> Iterator[Finding]:
+    """See whether one partition has much more than the others."""
+    try:
+        bounds = admin.bounds([(topic, number) for number in range(partitions)])
+    except GatewayError:  # a partition went while it was asked for: the next look says it
+        return
+    sizes = {number: end - first for (_, number), (first, end) in bounds.items()}
+    total = sum(sizes.values())
+    if total < SKEW_RECORDS * partitions:
+        return
+    fullest = max(sizes, key=lambda number: sizes[number])
+    skew = sizes[fullest] * partitions / total
+    if skew > MOST_SKEW:
+        text = f"partition {fullest} holds {sizes[fullest]} of {total} records, {skew:.1f} times the average"
+        mend = "a topic that few MQTT topics fill cannot be even; else see which of them is that busy"
+        yield Finding(Verdict.NOTE, f"Kafka topic {topic}", text, mend)
 
 
 def _rights(about: str, plan: TopicPlan, state: TopicState, tools: KafkaTools) -> Iterator[Finding]:

@@ -53,6 +53,24 @@ def figures_of(clients: Iterable[Client]) -> Iterator[Figure]:
             yield from _of_consumer(client.name, report)
 
 
+def worst_of(clients: Iterable[Client]) -> dict[str, dict[str, float]]:
+    """Return the figures that alert rules look at, by client, as of now: for a line of the log."""
+    found = {}
+    for client in clients:
+        report = client.report()
+        figures = {
+            "records_per_request_avg": report.figures.records_per_request,
+            "throttle_time_seconds": report.figures.throttle,
+            "network_io_rate_bytes": report.figures.network,
+        }
+        if report.kind == "consumer":
+            figures["records_lag_max"] = max((behind.records for behind in report.lag.values()), default=0)
+            figures["records_lag_max_seconds"] = max((behind.seconds for behind in report.lag.values()), default=0.0)
+            figures["failed_fetch_rate"] = report.failed_fetch_rate
+        found[client.name] = {name: round(value, 3) for name, value in figures.items()}
+    return found
+
+
 def _of_client(name: str, report: ClientReport) -> Iterator[Figure]:
     figures, labels = report.figures, {"client": name, "kind": report.kind}
     text = "Records in a request to Kafka, or in the answer to one, on average over half a minute."

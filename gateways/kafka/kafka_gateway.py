@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from gateways.kafka import workers
+from gateways.kafka.advice import JAVA, advice
 from gateways.kafka.archive import KafkaArchiveStore
 from gateways.kafka.bridge import ConsumerBridge, ProducerBridge
 from gateways.kafka.bus_settings import BusSettings
@@ -18,7 +20,7 @@ from gateways.kafka.cluster_watch import follow, trouble_of
 from gateways.kafka.dead_letters import DeadLetters
 from gateways.kafka.dlq import Stage
 from gateways.kafka.events_out import EventsOut
-from gateways.kafka.exposed import figures_of
+from gateways.kafka.exposed import figures_of, worst_of
 from gateways.kafka.groups import bus_group
 from gateways.kafka.mapping import JsonMapper, RawMapper, RecordMapper
 from gateways.kafka.meanings import MEANINGS
@@ -132,6 +134,9 @@ class KafkaGateway:
           StartError: a live node has this `Node.Id` already.
         """
         workers.quiet_loggers()
+        for one in advice(self.options):
+            if one.about == JAVA:
+                log.warning("%s: %s; %s", one.about, one.text, one.mend)
         self.dead_letters.broker_id = host.node_id
         for mapper in self._mappers:
             mapper.broker_id = host.node_id
@@ -139,6 +144,8 @@ class KafkaGateway:
         self._topics = TopicManager(self.options, self.cluster, plans)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._topics.run)
+            if self.options.metrics.enabled and "log" in self.options.metrics.reporters:
+                nursery.start_soon(self._log_figures)
             if self._dlq is not None:
                 await nursery.start(self._dlq.run)
             if self._archive is not None:
@@ -163,6 +170,11 @@ class KafkaGateway:
                 await nursery.start(self._stream.run)
             task_status.started()
             await trio.sleep_forever()
+
+    async def _log_figures(self) -> None:
+        while True:
+            await trio.sleep(self.options.metrics.interval)
+            log.info("figures %s", json.dumps(worst_of(self.cluster.clients.values())))
 
     def _make_bus(self, host: GatewayHost) -> Bus:
         from gateways.kafka.bus import Bus

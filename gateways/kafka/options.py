@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import urllib.parse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import attrs
@@ -238,15 +239,35 @@ class TopicsOptions:
     sessions: TopicOptions = TopicOptions()
 
 
+REPORTERS: Final = ("kafka", "prometheus", "log")
+JAVA_CLASS: Final = re.compile(r"[A-Za-z_$][\w$]*(\.[A-Za-z_$][\w$]*)+")
+
+
+def names_of_reporters(value: object) -> object:
+    """Return reporters as names: of a Java reporter its class, without its `config`, which may hold secrets."""
+    if not isinstance(value, list | tuple):
+        return value
+    return [entry.get("class", entry) if isinstance(entry, Mapping) else entry for entry in value]
+
+
+def check_reporters(_instance: object, _attribute: attrs.Attribute[Any], value: list[Any]) -> None:
+    """Validate names of ours, and names of Java classes."""
+    for number, name in enumerate(value):
+        if not isinstance(name, str) or (name not in REPORTERS and not JAVA_CLASS.fullmatch(name)):
+            got = "a table without `class`" if isinstance(name, Mapping) else repr(name)
+            raise ValueError(f"reporter {number}: expected one of {', '.join(REPORTERS)}, got {got}")
+
+
 @attrs.frozen(kw_only=True)
 class MetricsOptions:
     """[Kafka.Metrics]"""
 
     enabled: bool = False
-    interval: float = attrs.field(default=10.0, validator=gt(0))
-    """Seconds between records on mqtt.metrics."""
-    reporters: list[Any] = attrs.field(factory=list)
-    """Any of `kafka`, `prometheus`, `log`; tables with Java class names are accepted and mean nothing."""
+    interval: float = attrs.field(default=10.0, validator=[ge(1), le(86_400)])
+    """Seconds between two reports."""
+    reporters: list[Any] = attrs.field(factory=list, converter=names_of_reporters, validator=check_reporters)
+    """Any of `kafka` (records on mqtt.metrics), `prometheus` (/metrics of [Http], which does not need it), `log` (a
+    line about the clients of Kafka). Java classes, as text or tables with a `class`, are accepted and mean nothing."""
     jmx_enabled: bool = False
     """Accepted for old configurations; means nothing."""
 
@@ -295,6 +316,12 @@ class KafkaOptions:
         }  # fmt: skip
         if self.has_stream and self.messages_topic in others:
             raise ValueError(f"Topics.Messages needs a topic of its own: {self.messages_topic} is used for another")
+
+    def advice(self) -> Sequence[str]:
+        """Return what could be better, a line each, without a look at Kafka [K20]."""
+        from gateways.kafka.advice import advice
+
+        return [f"{one.about}: {one.text}; better: {one.mend}" for one in advice(self)]
 
     def effective(self) -> Mapping[str, tuple[object, str]]:
         """Return what clients are set up with, below [Kafka], and where each value comes from [K16]."""

@@ -58,6 +58,8 @@ class TopicState:
     replication_factor: int
     leaders: bool
     """Each partition has a leader."""
+    out_of_sync: int = attrs.field(default=0, kw_only=True)
+    """Partitions of which some replica is behind, or on a broker that is down."""
     config: Mapping[str, str]
     """Effective properties; empty when we may not see them."""
     writable: bool = True

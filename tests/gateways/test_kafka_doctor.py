@@ -28,12 +28,16 @@ class Admin:
 
     states: dict[str, TopicState | None]
     refusal: str | None = None
+    sizes: dict[tuple[str, int], int] = attrs.field(factory=dict)
 
     def broker_count(self) -> int:
         return BROKERS
 
     def describe(self, names: Sequence[str]) -> Mapping[str, TopicState | None]:
         return {name: self.states[name] for name in names if name in self.states}
+
+    def bounds(self, partitions: Sequence[tuple[str, int]]) -> Mapping[tuple[str, int], tuple[int, int]]:
+        return {p: (0, self.sizes.get(p, 1000)) for p in partitions}
 
     def may_create(self, name: str, partitions: int, replication_factor: int) -> str | None:
         return self.refusal
@@ -125,6 +129,28 @@ def test_a_topic_without_leader(admin: Admin) -> None:
     assert (found.verdict, found.mend) == (Verdict.PROBLEM, "start the brokers that are down")
 
 
+def test_replicas_that_are_behind(admin: Admin) -> None:
+    change(admin, "bus", out_of_sync=4)
+    (found,) = about("bus")
+    assert (found.verdict, found.text) == (Verdict.PROBLEM, "4 of 12 partitions are under-replicated")
+
+
+def test_partitions_that_are_uneven(admin: Admin) -> None:
+    admin.sizes["bus", 5] = 3500
+    (fine,) = about("bus")
+    assert fine.verdict is Verdict.OK
+    admin.sizes["bus", 5] = 8000
+    _, found = about("bus")
+    assert found.verdict is Verdict.NOTE
+    assert found.text == "partition 5 holds 8000 of 19000 records, 5.1 times the average"
+
+
+def test_advice_comes_first(admin: Admin) -> None:
+    options = attrs.evolve(OPTIONS, servers="kafka.example:9092")
+    found = next(iter(doctor.examine(options, ())))
+    assert (found.verdict, found.about) == (Verdict.NOTE, "Kafka.Security.Protocol")
+
+
 def test_what_differs_from_the_plan(admin: Admin) -> None:
     change(admin, "bus", partitions=4)
     sound, grown = about("bus")
@@ -156,6 +182,7 @@ def test_a_name_and_a_port_where_nobody_is() -> None:
     options = KafkaOptions(servers=["no-such-host.invalid:9092", "127.0.0.1:1"])
     found = list(doctor.examine(options, ()))
     assert [(one.verdict, one.about) for one in found] == [
+        (Verdict.NOTE, "Kafka.Security.Protocol"),
         (Verdict.PROBLEM, "Kafka no-such-host.invalid:9092 name"),
         (Verdict.OK, "Kafka 127.0.0.1:1 name"),
         (Verdict.PROBLEM, "Kafka 127.0.0.1:1 connection"),

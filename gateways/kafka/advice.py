@@ -1,0 +1,118 @@
+"""What a configuration is better off without, as far as it tells by itself [K20]. Pure.
+
+`mqtt-trio check` and `doctor` say it; nothing here keeps a node from starting.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterator, Sequence
+from typing import Final
+
+import attrs
+
+from gateways.kafka.client_settings import ALL, BUS, producer_settings
+from gateways.kafka.options import REPORTERS, KafkaOptions
+from gateways.kafka.topic_plan import DAY_MS, DEFAULTS, TopicPlan, plan_for
+
+OPEN: Final = ("PLAINTEXT", "SASL_PLAINTEXT")
+READ_BY_OTHERS: Final = ("messages", "archive", "dlq")
+"""Topics that programs read which may be down for a while."""
+LEAST_DAYS: Final = 1
+"""Days that such a topic should bridge."""
+UNCOMPRESSED: Final = "uncompressed"
+JAVA: Final = "Kafka.Metrics"
+"""What advice is about that a node gives at its start."""
+
+
+@attrs.frozen
+class Advice:
+    """One thing that could be better."""
+
+    about: str
+    """The key, or keys."""
+    text: str
+    mend: str
+
+
+def advice(options: KafkaOptions) -> list[Advice]:
+    """Return all there is to say, in the order of the configuration."""
+    return [
+        *_open_ways(options),
+        *_lax_acknowledgements(options),
+        *_short_retention(options),
+        *_no_compression(options),
+        *_java(options),
+    ]
+
+
+def _open_ways(options: KafkaOptions) -> Iterator[Advice]:
+    protocol = options.security.protocol
+    remote = [name for name in options.server_names if not is_loopback(name)]
+    if protocol in OPEN and remote:
+        text = f"{protocol} to {', '.join(remote)}: whoever is on the way reads and changes messages"
+        yield Advice("Kafka.Security.Protocol", text, f"use {'SASL_SSL' if 'SASL' in protocol else 'SSL'}")
+
+
+def is_loopback(server: str) -> bool:
+    """Tell whether a `host:port` is on this machine for certain."""
+    bare = server.count(":") > 1 and not server.startswith("[")
+    host = server if bare or ":" not in server or server.endswith("]") else server.rpartition(":")[0]
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
+
+
+def _lax_acknowledgements(options: KafkaOptions) -> Iterator[Advice]:
+    acks, origin = producer_settings(options, BUS)["acks"]
+    if options.bus.enabled and options.bus.ack == "store" and acks not in ALL:
+        text = f"PUBACK waits for Kafka, which confirms what one broker has, or none (acks = {acks!r}, {origin})"
+        yield Advice("Kafka.Bus.Ack", text, 'acks = "all"')
+
+
+def _short_retention(options: KafkaOptions) -> Iterator[Advice]:
+    for purpose in READ_BY_OTHERS:
+        plan = plan_for(purpose, getattr(options.topics, purpose))
+        kept = retention_ms(plan)
+        if kept is not None and kept < LEAST_DAYS * DAY_MS:
+            text = f"{plan.name} keeps records for {hours(kept)}: who reads it misses some when it is down for longer"
+            yield Advice(f"{plan.section}.Config.retention.ms", text, "a day or more")
+    bus = plan_for("bus", options.topics.bus, options.bus_topic)
+    kept = retention_ms(bus)
+    if options.bus.enabled and kept is not None and kept < options.bus.checkpoint_age * 1000:
+        age = hours(options.bus.checkpoint_age * 1000)
+        text = f"{bus.name} keeps records for {hours(kept)}, CheckpointAge is {age}: a node that was away misses some"
+        yield Advice(f"{bus.section}.Config.retention.ms", text, "CheckpointAge or more")
+
+
+def retention_ms(plan: TopicPlan) -> int | None:
+    """Return for how many milliseconds a topic keeps its records; None: for ever, or nobody can tell."""
+    text = plan.config.get("retention.ms", "")
+    return int(text) if text.isascii() and text.isdigit() else None
+
+
+def hours(milliseconds: float) -> str:
+    """Return a time as people say it."""
+    number = milliseconds / 3_600_000
+    return f"{number:g} h" if number >= 1 else f"{milliseconds / 60_000:g} min"
+
+
+def _no_compression(options: KafkaOptions) -> Iterator[Advice]:
+    for purpose in ("archive", "messages", "bus"):
+        plan = plan_for(purpose, getattr(options.topics, purpose))
+        if plan.config.get("compression.type") == UNCOMPRESSED:
+            text = f"{plan.name} is kept without compression: it takes several times the disk"
+            codec = DEFAULTS[purpose].config["compression.type"]
+            yield Advice(f"{plan.section}.Config.compression.type", text, codec)
+
+
+def _java(options: KafkaOptions) -> Iterator[Advice]:
+    """One word about what only a JVM knows."""
+    metrics = options.metrics
+    found: Sequence[str] = ["JmxEnabled"] if metrics.jmx_enabled else []
+    found = [*found, *(name for name in metrics.reporters if name not in REPORTERS)]
+    if found:
+        text = f"{', '.join(found)}: there is no JVM here, so nothing comes of it"
+        mend = '/metrics of [Http] has the figures, and Reporters = ["log"] puts them into the log (docs/monitoring.md)'
+        yield Advice(JAVA, text, mend)
