@@ -18,6 +18,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Final
 
 import attrs
+import trio
 
 from gateways.kafka import bus_choices
 from gateways.kafka.bus_choices import NOBODY, WHOLE, Chosen, GroupNews, encode_choices, encode_news
@@ -34,7 +35,11 @@ log = logging.getLogger("gateways.kafka.bus")
 MAX_HOPS: Final = 8
 """Times that a message is passed on. Outcome: it waits where it is, or has nobody and is counted."""
 MAX_UNDECIDED: Final = 10_000
-"""Messages that wait for this node's own word about a group to come back. Outcome: more are served at once."""
+UNDECIDED_SIZE: Final = 16 * 1024 * 1024
+"""Messages, and bytes of them, that wait for this node's own word about a group to come back. Outcome: more are served
+at once."""
+WHOLE_INTERVAL: Final = 0.5
+"""Seconds between two times that all groups are told, however many nodes ask for that."""
 RECORD_SIZE: Final = 64 * 1024
 """Bytes of one record about groups, about."""
 MAX_ROUTES: Final = 10_000
@@ -91,6 +96,10 @@ class BusShares:
         self._look_again: dict[str, None] = {}
         """Groups for which something may wait that members elsewhere can have."""
         self._undecided: dict[str, list[tuple[Message, str]]] = {}
+        self._undecided_size = 0
+        self._told_all_at = -WHOLE_INTERVAL
+        self._untold: dict[str, None] = {}
+        """Groups of records that Kafka refused."""
         self._routes: dict[tuple[int, ...], ShareRoute] = {}
         self._topology = 0
         host.spread_groups(self)
@@ -127,10 +136,21 @@ class BusShares:
         if group is None or group.own is None:
             return
         self.table.own_ended(group)
-        self._undecided.pop(name, None)
+        self._forget_undecided(name)
         if self.table.elsewhere(group):
             self._pass_queue_on(group, ends=True)
         self._changed(name)
+
+    def set_aside(self) -> object:
+        """Another message is published in the middle of a delivery."""
+        state = self.here, self._setting
+        self._setting = None
+        return state
+
+    def go_back(self, state: object) -> None:
+        """The delivery that was set aside goes on."""
+        assert isinstance(state, tuple)
+        self.here, self._setting = state
 
     def serves(self, name: str, message: Message) -> bool:
         """Say whether the members here get the message that is being delivered."""
@@ -201,15 +221,19 @@ class BusShares:
 
     def look_again(self) -> None:
         """See whether something waits that members elsewhere can have. Called now and then."""
+        self._dirty.update(self._untold)
+        self._untold.clear()
         for group in self.table.groups.values():
             if group.own is not None and group.own.waits:
                 self._look_again[group.name] = None
-        if self._look_again or self._dirty:
+        if self._look_again or self._dirty or self._whole:
             self._arm()
 
     def _announce(self) -> None:
-        whole, self._whole = self._whole, False
+        now = trio.current_time()
+        whole = self._whole and now - self._told_all_at >= WHOLE_INTERVAL  # a flood is not answered with a flood
         if whole:
+            self._whole, self._told_all_at = False, now
             self._dirty = {name: None for name, group in self.table.groups.items() if group.own is not None}
         while self._dirty:
             entries: list[bytes] = [bytes((WHOLE * whole,))]
@@ -240,8 +264,8 @@ class BusShares:
 
     def _done(self, names: list[str]) -> Callable[[Exception | None], None]:
         def done(failure: Exception | None) -> None:
-            if failure is not None:  # told again with what comes next
-                self._dirty.update(dict.fromkeys(names))
+            if failure is not None:  # told again, but not in a hurry
+                self._untold.update(dict.fromkeys(names))
 
         return done
 
@@ -383,16 +407,22 @@ class BusShares:
     # --- undecided
 
     def _keep_undecided(self, name: str, message: Message, writer: str) -> bool:
-        if self.undecided >= MAX_UNDECIDED:
+        if self.undecided >= MAX_UNDECIDED or self._undecided_size + message.size > UNDECIDED_SIZE:
             self.decided_early += 1
             return False
         self.undecided += 1
+        self._undecided_size += message.size
         self._undecided.setdefault(name, []).append((message, writer))
         return True
 
-    def _decide(self, group: Group) -> None:
-        waiting = self._undecided.pop(group.name, [])
+    def _forget_undecided(self, name: str) -> list[tuple[Message, str]]:
+        waiting = self._undecided.pop(name, [])
         self.undecided -= len(waiting)
+        self._undecided_size -= sum(message.size for message, _ in waiting)
+        return waiting
+
+    def _decide(self, group: Group) -> None:
+        waiting = self._forget_undecided(group.name)
         ours = [message for message, writer in waiting if self.table.is_first(group, writer)]
         if ours:
             self._local.publish_to_groups(ours, [group.name])

@@ -391,6 +391,16 @@ class Broker:
         """Deliver a message that no network client published (a Will, a gateway's), whatever taps say: there is nobody
         to be told. RETAIN is the caller's business."""
         audience = self.audience(message.topic_name, message.client_id, tapped=tapped)
-        for tap in audience.taps:
-            tap.take(message)
-        self.sender.deliver(message, audience, now)
+        spread = self.shares.spread if tapped else None
+        if spread is None:
+            for tap in audience.taps:
+                tap.take(message)
+            self.sender.deliver(message, audience, now)
+            return
+        state = spread.set_aside()
+        try:
+            for tap in audience.taps:
+                tap.take(message)
+            self.sender.deliver(message, audience, now)
+        finally:
+            spread.go_back(state)

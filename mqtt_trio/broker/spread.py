@@ -21,5 +21,12 @@ class Spread(Protocol):
     def ended(self, name: str) -> None:
         """A group has lost its last member here; what waits for it is dropped unless it is taken now."""
 
+    def set_aside(self) -> object:
+        """Another message is published in the middle of a delivery: the Will of a client that it ended. Give what
+        `go_back` needs to go on with the first one."""
+
+    def go_back(self, state: object) -> None:
+        """The delivery that was set aside goes on."""
+
     def serves(self, name: str, message: Message) -> bool:
         """Say whether the message that is being delivered is for the members here."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -16,6 +17,7 @@ from gateways.kafka.bus_records import Kind, decode_header, decode_items, encode
 from gateways.kafka.bus_settings import BusSettings
 from gateways.kafka.bus_slots import Slot
 from gateways.kafka.partitions import partition_for
+from mqtt_trio.broker.session import Delivery, Session
 from mqtt_trio.broker.store import MemoryStore
 from mqtt_trio.gateway import Message
 from mqtt_trio.testing import TestClient
@@ -301,6 +303,33 @@ async def test_an_announcement_that_kafka_refuses_is_told_again(
     publisher = await one.connect("publisher")
     await publisher.publish("t/1", b"0", qos=1)
     assert await numbers(member) == [[0]]
+
+
+async def test_a_will_in_the_middle_of_a_delivery(
+    autojump_clock: MockClock, cluster: WholeCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A delivery may end a client, whose Will goes out before the delivery is over: each has a choice of its own."""
+    one, two, three = await start(cluster)
+    members = [await node.connect(f"m-{node.node_id}", GROUP, "$share/h/t/#") for node in (one, two)]
+    plain = await one.connect("plain")
+    await plain.subscribe("t/#", subscription_identifier=1)  # its copies go out one by one
+    publishers = [await node.connect(f"publisher-{node.node_id}") for node in (one, three)]
+    await trio.sleep(SOON)
+    broker = one.memory.broker
+    send, wills = broker.sender.send, iter(range(1000, 2000))
+
+    def ending(session: Session, delivery: Delivery, encodings: Any, now: float) -> None:
+        if session.client_id == "plain" and delivery.message.topic_name != "t/will":
+            will = Message("t/will", b"%d" % next(wills), 1, published_at=NOW)
+            broker.publish(will, now, tapped=True)
+        send(session, delivery, encodings, now)
+
+    monkeypatch.setattr(broker.sender, "send", ending)
+    for number in range(40):
+        await publishers[number % 2].publish("t/1", b"%d" % number, qos=1)
+    got = every(await numbers(*members))
+    expected = [*range(40), *range(1000, 1040)]
+    assert got == sorted(2 * expected), "once for each of the two groups"
 
 
 async def test_retained_messages_are_not_for_groups(autojump_clock: MockClock, cluster: WholeCluster) -> None:
