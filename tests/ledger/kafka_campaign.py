@@ -1,7 +1,7 @@
 """One ledger that ends in Kafka: publishers at work, nodes, brokers and the network failing, the verdict.
 
-`archive`: one node, one archive group. `bus`: two nodes, subscribers on both, and retained messages, which a third node
-that starts at the end has as well. `outage`: one node while Kafka is away.
+`archive`: one node, one archive group. `bus`: two nodes, subscribers on both, a share group with a member on each, and
+retained messages, which a third node that starts at the end has as well. `outage`: one node while Kafka is away.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tests.ledger.kafka_stage import Stage
 from tests.ledger.nodes import Node
 from tests.ledger.proxy import FAIR, Weather
 from tests.ledger.stream_crew import StreamCrew, StreamOptions
-from tests.ledger.stream_verdict import Duplicates, Found, count_acknowledged, judge_stream
+from tests.ledger.stream_verdict import Duplicates, Found, count_acknowledged, judge_group, judge_stream
 from tests.ledger.verdict import judge_retained, repeated
 from tests.simulation import oracle
 from tests.simulation.history import NEVER
@@ -359,13 +359,16 @@ class KafkaCampaign:
 
     def _wait_for_deliveries(self) -> None:
         before, since = -1, time.monotonic()
-        while any(violation.kind == "lost" for violation in oracle.judge(attrs.evolve(self.crew.history))):
+        while any(violation.kind == "lost" for violation in self._judge_deliveries()):
             got = sum(len(interest.deliveries) for interest in self.crew.history.interests.values())
             if got > before:
                 before, since = got, time.monotonic()
             if time.monotonic() - since > self.options.patience:
                 return
             self._pause(1.0, 1.0)
+
+    def _judge_deliveries(self) -> list[Violation]:
+        return [*oracle.judge(attrs.evolve(self.crew.history)), *judge_group(self.crew.history)]
 
     def _read_retained(self) -> None:
         """Ask every node for all retained messages, a new one included; again until they are as they should be."""
@@ -416,7 +419,7 @@ class KafkaCampaign:
         violations = [Violation("wire", client, text) for client, text in history.complaints]
         if self.options.mode == "bus":
             history.kills, history.restless = sum(node.world.kills for node in self.nodes), True
-            violations = oracle.judge(attrs.evolve(history)) + self._judge_retained()
+            violations = self._judge_deliveries() + self._judge_retained()
             deliveries = [interest.deliveries for interest in history.interests.values()]
             records = sum(map(len, deliveries))
             again = Duplicates(sum(repeated(each, 1) for each in deliveries))

@@ -27,7 +27,8 @@ BACKLOG: Final = 300
 """Messages of one publisher on their way; it publishes no more until some are acknowledged."""
 REFUSALS: Final = (0x80, 0x83, 0x97)
 """Reason Codes of a broker that cannot keep a promise for the time being [K9]."""
-FILTERS: Final[tuple[dict[str, int], ...]] = ({"t/#": 2}, {"t/#": 1})
+FILTERS: Final[tuple[dict[str, int], ...]] = ({"t/#": 2}, {"t/#": 1}, {"$share/ledger/t/#": 2})
+"""Of the subscribers on each node; the last ones are one group."""
 
 
 @attrs.frozen(kw_only=True)

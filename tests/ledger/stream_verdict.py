@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import attrs
 
-from tests.simulation.history import NEVER, Flow, Message
-from tests.simulation.oracle import Violation
+from tests.simulation.history import NEVER, Flow, History, Message
+from tests.simulation.oracle import Violation, effective_qos
 
 
 @attrs.define(eq=False)
@@ -125,6 +125,23 @@ def _difference(record: Found, message: Numbered) -> str:
     if record.client_id != message.publisher:
         return f"the client {record.client_id}"
     return ""
+
+
+def judge_group(history: History) -> Iterator[Violation]:
+    """Judge what came to the members of a share group over all nodes together: everything, and at QoS 2 once. The
+    oracle looks at each member alone."""
+    members = [interest for interest in history.interests.values() if interest.shared]
+    if not members:
+        return
+    count = Counter(delivery.payload for member in members for delivery in member.deliveries)
+    for message in history.messages:
+        if not any(effective_qos(message, member) for member in members):
+            continue
+        if message.taken_at < NEVER and not count[message.payload]:
+            text = f"never got {message}, acknowledged at {message.taken_at:.3f}"
+            yield Violation("lost", "share group", text, message.flow)
+        if message.qos == 2 and count[message.payload] > 1:
+            yield Violation("duplicate", "share group", f"got {message} {count[message.payload]} times", message.flow)
 
 
 def count_acknowledged(messages: Sequence[Numbered]) -> int:

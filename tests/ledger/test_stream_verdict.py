@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from tests.ledger.stream_verdict import Duplicates, Found, Numbered, judge_stream
-from tests.simulation.history import NEVER
+from tests.ledger.stream_verdict import Duplicates, Found, Numbered, judge_group, judge_stream
+from tests.simulation.history import NEVER, Delivery, History, Interest
 
 
 def sent(
@@ -130,3 +130,25 @@ def test_foreign_and_altered_records() -> None:
         Found(0, "t/0", 1, message.payload, "q"),
     ):
         assert kinds([message], [changed]) == ["altered"]
+
+
+@pytest.mark.parametrize(
+    "at_one, at_two, found",
+    [
+        ([0, 2, 4], [1, 3], []),
+        ([0, 2, 4], [1], ["lost"]),
+        ([0, 1, 2, 4], [1, 3], []),  # at QoS 1
+        ([0, 2, 3, 4], [1, 3], ["duplicate"]),
+        ([0, 2, 4, 4], [1, 3], []),
+    ],
+)
+def test_a_group_over_two_nodes(at_one: list[int], at_two: list[int], found: list[str]) -> None:
+    messages = [sent(number, qos=2 if number == 3 else 1) for number in range(5)]
+    history = History(list(messages))
+    for name, numbers in (("one", at_one), ("two", at_two)):
+        interest = history.interests[name] = Interest({"$share/g/t/#": 2}, v5=True)
+        interest.deliveries += [Delivery("t/0", messages[n].payload, messages[n].qos, b"", 9.0) for n in numbers]
+    history.interests["plain"] = Interest({"t/#": 2}, v5=True)
+    assert [violation.kind for violation in judge_group(history)] == found
+    del history.interests["one"], history.interests["two"]
+    assert list(judge_group(history)) == []
