@@ -54,9 +54,10 @@ class Setting:
     def write(self, messages: list[Message], *garbage: bytes) -> None:
         mapper = JsonMapper(self.topic, "node-1")
         producer = client.KafkaProducer(bootstrap_servers=self.servers)
-        for value in garbage:
-            producer.send(self.topic, value, b"garbage")
-        for record in map(mapper.record, messages):
+        records = [mapper.record(message) for message in messages]
+        for value in garbage:  # in front of the first: who has read all messages has read it as well
+            producer.send(self.topic, value, records[0].key)
+        for record in records:
             assert record.value is not None
             producer.send(self.topic, record.value, record.key, list(record.headers), timestamp_ms=record.timestamp_ms)
         producer.flush(LIMIT)
