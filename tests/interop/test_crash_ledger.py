@@ -13,12 +13,12 @@ import pytest
 ROOT: Final = Path(__file__).parent.parent.parent
 PLANTED: Final = ROOT / "tests" / "ledger" / "planted_broker.py"
 
-pytestmark = pytest.mark.interop
+pytestmark = [pytest.mark.interop, pytest.mark.timeout(240)]  # half a minute when nobody else works
 
 
 def crash_ledger(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "scripts" / "crash_ledger"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=220)
 
 
 def figures(file: Path, *arguments: str) -> tuple[int, dict[str, Any]]:

@@ -13,12 +13,12 @@ import pytest
 ROOT: Final = Path(__file__).parent.parent.parent
 PLANTED: Final = ROOT / "tests" / "ledger" / "planted_gateway.py"
 
-pytestmark = [pytest.mark.interop, pytest.mark.kafka]
+pytestmark = [pytest.mark.interop, pytest.mark.kafka, pytest.mark.timeout(240)]  # half a minute when nobody else works
 
 
 def ledger(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "scripts" / "ledger"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=110)
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=220)
 
 
 def figures(file: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
