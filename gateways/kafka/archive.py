@@ -90,6 +90,11 @@ class KafkaArchiveStore:
         self._backlog: deque[Batch] = deque()
         self._waits_for_room = self._closed = False
         self._empty = trio.Event()
+        self._runs = False
+        self.tried = trio.Event()
+        """An attempt to make the mapper ready has ended, or none is needed."""
+        if preparation is None:
+            self.tried.set()
         self.is_over = False
         """What was submitted is stored, or need not be."""
         self._changed: Callable[[], None] = nothing
@@ -110,21 +115,26 @@ class KafkaArchiveStore:
         cluster = self._bridge.cluster
         cluster.listen(look_soon)
         try:
-            async with trio.open_nursery() as nursery:
-                if self._preparation is not None:
-                    nursery.start_soon(self._preparation.run, self._prepare)
-                self._look()
-                task_status.started()
-                await trio.sleep_forever()
+            self._runs = True
+            self._look()
+            task_status.started()
+            await trio.sleep_forever()
         finally:
             cluster.unlisten(look_soon)
 
-    def _prepare(self) -> None:
+    async def prepare(self) -> None:
+        """Find out what the mapper needs to be ready; the gateway runs it, from before `run`. Cancellation ends it."""
+        if self._preparation is not None:
+            await self._preparation.run(self._tried)
+
+    def _tried(self) -> None:
         """An attempt to make the mapper ready has ended. What waits goes first: others are told of the end of an
         outage then, and submit more."""
+        self.tried.set()
         if self._mapper.is_ready:
             self._pump()
-        self._look()
+        if self._runs:
+            self._look()
 
     def _look(self) -> None:
         self._share_window()

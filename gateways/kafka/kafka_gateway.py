@@ -148,9 +148,7 @@ class KafkaGateway:
                 nursery.start_soon(self._log_figures)
             if self._dlq is not None:
                 await nursery.start(self._dlq.run)
-            if self._archive is not None:
-                self._archive.after_drain = host.flush
-                await nursery.start(self._archive.run)
+            await self._start_archive(nursery, host)
             if self.options.topics.events.enabled:
                 self._events = EventsOut(self.options, self.cluster, host)
                 await nursery.start(self._events.run)
@@ -168,6 +166,9 @@ class KafkaGateway:
             if self.options.has_stream:
                 self._stream = Stream(self.options, self.cluster, host, self.dead_letters)
                 await nursery.start(self._stream.run)
+            with trio.move_on_after(START_PATIENCE):  # a registry that is away is an outage from the first message on
+                for store in self._stores:
+                    await store.tried.wait()
             task_status.started()
             await trio.sleep_forever()
 
@@ -175,6 +176,13 @@ class KafkaGateway:
         while True:
             await trio.sleep(self.options.metrics.interval)
             log.info("figures %s", json.dumps(worst_of(self.cluster.clients.values())))
+
+    async def _start_archive(self, nursery: trio.Nursery, host: GatewayHost) -> None:
+        if self._archive is not None:
+            self._archive.after_drain = host.flush
+            await nursery.start(self._archive.run)
+        for store in self._stores:
+            nursery.start_soon(store.prepare)
 
     def _make_bus(self, host: GatewayHost) -> Bus:
         from gateways.kafka.bus import Bus

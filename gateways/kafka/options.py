@@ -176,6 +176,8 @@ class SchemaRegistryOptions:
         needs_url = (self.username, self.password) != (None, None) or self.ssl != SslOptions()
         if self.url is None and needs_url:
             raise ValueError("Url is missing; without it there is no schema registry")
+        if ":" in (self.username or ""):
+            raise ValueError("Username: a colon cannot stand in it (basic authentication)")
         if (self.username is None) != (self.password is None):
             raise ValueError("Username and Password belong together; set both or neither")
 

@@ -98,6 +98,7 @@ async def test_what_is_submitted_waits_for_the_id_and_an_outage_is_told(caplog: 
         store.watch(watched.tell)
         assert store.describe() == "Kafka topic t (AVRO, schema registry http://registry)"
         await nursery.start(store.run)
+        nursery.start_soon(store.prepare)
         watched.submit(b"1", b"2")
         watched.submit(b"3")
         await trio.testing.wait_all_tasks_blocked()
@@ -153,6 +154,7 @@ async def test_a_store_without_its_id_can_be_stopped() -> None:
     async with producing(FakeKafka()) as setup, trio.open_nursery() as nursery:
         mapper = AvroMapper("t", registered=True)
         store = KafkaArchiveStore(setup.bridge, mapper, DeadLetters(), SchemaId(SchemaIds(registry), mapper))
+        nursery.start_soon(store.prepare)
         await nursery.start(store.run)
         outcomes: list[Any] = []
         store.submit([Message("a", b"1")], outcomes.append)
@@ -180,3 +182,23 @@ def test_the_gateway_is_not_ready_while_a_registry_is_away() -> None:
     assert gateway.unready()[0] == "schema registry: nobody"
     assert sum("schema registry" in line for line in gateway.unready()) == 1
     assert gateway.counters()["schema_registry_failures"] == 0
+
+
+async def test_an_outage_at_the_start_is_told_when_the_store_runs() -> None:
+    registry = FakeRegistry(answers=[away("nobody")])
+    registry.open.set()
+    async with producing(FakeKafka()) as setup, trio.open_nursery() as nursery:
+        mapper = AvroMapper("t", registered=True)
+        store = KafkaArchiveStore(setup.bridge, mapper, DeadLetters(), SchemaId(SchemaIds(registry), mapper))
+        watched = Watched(registry, setup.kafka, store, SchemaIds(registry))
+        store.watch(watched.tell)
+        nursery.start_soon(store.prepare)
+        with trio.fail_after(LIMIT):
+            await store.tried.wait()
+        assert watched.told == [], "nobody listens before the store runs"
+        await nursery.start(store.run)
+        assert watched.told == ["nobody"]
+        registry.answers = [5]
+        await watched.until(lambda: len(watched.told) == 2)
+        assert watched.told == ["nobody", None]
+        nursery.cancel_scope.cancel()

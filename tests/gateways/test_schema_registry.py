@@ -224,6 +224,7 @@ def test_tls_is_verified(tmp_path: Path) -> None:
         ({"url": "http://x?y"}, "without a query"),
         ({"username": "ada", "password": PASSWORD}, "Url is missing"),
         ({"url": "http://x", "username": "ada"}, "belong together"),
+        ({"url": "http://x", "username": "a:b", "password": PASSWORD}, "a colon cannot stand in it"),
         ({"url": "http://x", "subject_name_strategy": "Mine"}, "must be in"),
         ({"url": "http://x", "timeout": 0}, "must be >="),
     ],
