@@ -13,7 +13,7 @@ import attrs
 from gateways.kafka.archived import FORMATS
 from gateways.kafka.command_arguments import add_common, options_of
 from gateways.kafka.options import KafkaOptions
-from gateways.kafka.reading import Reader, reader_of
+from gateways.kafka.reading import Find, Reader, reader_of
 from gateways.kafka.rebuild_reader import MergingReader
 from gateways.kafka.records import ConsumedRecord
 from mqtt_trio.errors import GatewayError, WrongUsageError
@@ -78,11 +78,20 @@ class RebuildCommand:
                 stack.callback(target.close)
             found = opened(targets, context.console)
             admin, consumer = stack.enter_context(open_kafka(options))
-            rebuild = Rebuild(admin, consumer, context.console, topic, reader_of(form))
+            rebuild = Rebuild(admin, consumer, context.console, topic, reader_of(form, schemas_of(options, form)))
             return rebuild.run(found)
 
 
 COMMAND: Final = RebuildCommand()
+
+
+def schemas_of(options: KafkaOptions, form: str) -> Find | None:
+    """Return what asks the schema registry of `options` for a schema; None: there is none, or no need of one."""
+    if form != "AVRO" or options.schema_registry.url is None:
+        return None
+    from gateways.kafka.schema_registry import SchemaRegistry
+
+    return SchemaRegistry(options).schema
 
 
 @contextmanager

@@ -13,9 +13,11 @@ import kafka as client
 import pytest
 import trio
 
+from gateways.kafka.avro import AvroMapper, schema_text
 from mqtt_trio.__main__ import main
 from mqtt_trio.archive.sqlite import archive_path
 from mqtt_trio.broker.journal import frame_of
+from mqtt_trio.gateway import Message
 from mqtt_trio.server.sqlite_store import FILE_NAME
 from mqtt_trio.server.store_file import lock_file
 from tests.gateway_support import LIMIT
@@ -34,6 +36,7 @@ from tests.rebuild_support import (
     write_archives,
     write_config,
 )
+from tests.registry_support import RegistryServer
 
 pytestmark = pytest.mark.kafka
 COUNT = 20_000
@@ -233,3 +236,26 @@ def failing_after(count: int) -> object:
         return real(reader, record)  # type: ignore[arg-type]
 
     return read
+
+
+@pytest.mark.parametrize("registered", [False, True])
+def test_avro_records_are_read_with_the_groups_format(
+    setting: Setting, request: pytest.FixtureRequest, registered: bool
+) -> None:
+    mapper = AvroMapper(setting.topic, "node-1", registered=registered)
+    group = f'[[ArchiveGroups]]\nName = "K"\nStore = "KAFKA"\nKafkaTopic = "{setting.topic}"\nFormat = "AVRO"\n'
+    if registered:
+        registry: RegistryServer = request.getfixturevalue("schema_registry")
+        answer = registry.ask("POST", f"/subjects/{setting.topic}-value/versions", {"schema": schema_text()})
+        mapper.use_id(answer["id"])
+        group += f'[Kafka.SchemaRegistry]\nUrl = "{registry.url}"\n'
+    setting.config.write_text(setting.config.read_text() + group)
+    messages = [Message("a/b", bytes([n, 255]), 1, True, client_id="c", published_at=time.time()) for n in range(3)]
+    producer = client.KafkaProducer(bootstrap_servers=setting.servers)
+    for record in map(mapper.record, messages):
+        producer.send(setting.topic, record.value, record.key, list(record.headers), timestamp_ms=record.timestamp_ms)
+    producer.flush(LIMIT)
+    producer.close()
+    assert setting.run() == 0
+    assert setting.payloads() == [message.payload for message in messages]
+    assert list(retained_of(setting.data)) == ["a/b"]

@@ -13,6 +13,7 @@ import trio
 from kafka import KafkaConsumer, KafkaProducer
 
 from gateways.kafka import ArchiveConsumer, KafkaOptions
+from gateways.kafka.groups import MESSAGES_GROUP
 from tests.interop.broker_process import BrokerProcess, Brokers
 from tests.interop.cluster import committed_offsets
 from tests.interop.kafka_tools import rows, run_tool
@@ -27,6 +28,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:value_(de)?serializer does not implement:DeprecationWarning"),
 ]
 COUNT: Final = 30
+JOIN_LIMIT: Final = 60.0
+"""Seconds: groups take their time."""
 PARTITIONS: Final = 12
 """Of an archive topic."""
 
@@ -178,3 +181,51 @@ def test_the_tools_of_kafka_describe_reset_and_read(kafka: KafkaNode, node: Brok
     topic = run_tool("topics", kafka.servers, "--describe", "--topic", archive)
     assert f"PartitionCount: {PARTITIONS}" in topic
     assert run_tool("topics", kafka.servers, "--describe", "--under-replicated-partitions").strip() == ""
+
+
+def test_the_tools_of_kafka_on_the_group_that_publishes(kafka: KafkaNode, brokers: Brokers) -> None:
+    """`monstermq-cluster` on a stream of messages: described, its lag, and set back: all of it is published again."""
+    stream = unique_name("messages")
+    topic = f"tools/{stream}"
+    config = f"""
+[Kafka]
+Servers = "{kafka.servers}"
+[Kafka.Topics.Messages]
+Enabled = true
+Name = "{stream}"
+Filter = []
+"""
+
+    def put(*numbers: int) -> None:
+        producer = KafkaProducer(
+            bootstrap_servers=[kafka.servers], value_serializer=lambda value: json.dumps(value).encode("utf-8")
+        )
+        for number in numbers:
+            value = {"topic": topic, "payload": str(number), "timestamp": "2024-01-15T10:00:00Z"}
+            producer.send(stream, value, key=b"%d" % (number % 5))
+        producer.flush(LIMIT)
+        producer.close()
+
+    def lag() -> int:
+        described = rows(run_tool("consumer-groups", kafka.servers, "--group", MESSAGES_GROUP, "--describe"))
+        ours = [row for row in described if row["TOPIC"] == stream]
+        return sum(int(row["LAG" if row["LAG"] != "-" else "LOG-END-OFFSET"]) for row in ours)  # "-": nothing stored
+
+    node = brokers.start(config)
+    with PahoClient(node) as subscriber:
+        subscriber.subscribe(topic)
+        put(*range(10))
+        assert sorted(int(heard.payload) for heard in subscriber.received(10, JOIN_LIMIT)) == list(range(10))
+        wait_until(lambda: lag() == 0, "all is stored in the group", JOIN_LIMIT)
+        reset = ["--group", MESSAGES_GROUP, "--topic", stream, "--reset-offsets", "--to-earliest"]
+        refused = run_tool("consumer-groups", kafka.servers, *reset, "--execute", code=None)
+        assert lag() == 0, refused  # not while the group has members
+    node.stop()
+    put(*range(10, 15))
+    assert lag() == 5
+    run_tool("consumer-groups", kafka.servers, *reset, "--execute")
+    assert lag() == 15
+    node = brokers.start(config, name="again")
+    with PahoClient(node) as subscriber:
+        subscriber.subscribe(topic)
+        wait_until(lambda: lag() == 0, "all is published again", JOIN_LIMIT)
