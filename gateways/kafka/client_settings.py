@@ -132,6 +132,8 @@ def effective(options: KafkaOptions) -> Iterator[tuple[str, tuple[object, str]]]
     yield "Producer.delivery_timeout_ms", (options.effective_delivery_timeout * 1000, origin)
     for name, setting in consumer_settings(options).items():
         yield f"Consumer.{name}", setting
+    origin = OURS if options.profile != "compat" else 'Profile = "compat"'
+    yield "Topics.Messages.Group", (options.messages_group, "its key" if options.topics.messages.group else origin)
 
 
 def _from(table: Mapping[str, object], origin: str) -> Settings:

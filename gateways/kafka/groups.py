@@ -8,6 +8,8 @@ import attrs
 
 MESSAGES_GROUP: Final = "monstermq-cluster"
 """The nodes share the work on mqtt.messages in it [K11]."""
+COMPAT_MESSAGES_GROUP: Final = "Monster"
+"""The same with `Profile = "compat"` [K16]."""
 BUS_GROUP_PREFIX: Final = "mqtt-trio-bus-"
 """A node keeps its checkpoint of the bus topic in a group of its own [K5]: it reads all partitions and is no member."""
 

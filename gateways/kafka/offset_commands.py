@@ -104,7 +104,7 @@ class Show:
         self._admin = admin
         self._console: Console = context.console
         self._node_id = context.node_id
-        self._messages_group = options_of(context.options).topics.messages.group
+        self._messages_group = options_of(context.options).messages_group
 
     def run(self, groups: Sequence[str], topics: Sequence[str], *, as_json: bool) -> int:
         """Print; return the exit code."""

@@ -168,7 +168,7 @@ class Resetter:
     def _check_group(self, name: str) -> None:
         group = self._admin.group(name)
         if group is None:
-            if name == self._options.topics.messages.group:  # its first members begin there
+            if name == self._options.messages_group:  # its first members begin there
                 return
             near = difflib.get_close_matches(name, self._admin.group_names(), n=3)
             hint = f"; did you mean {' or '.join(near)}?" if near else ""

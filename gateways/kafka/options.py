@@ -10,7 +10,7 @@ from typing import Any, Final
 import attrs
 from attrs.validators import ge, gt, in_, le, matches_re, optional
 
-from gateways.kafka.groups import MESSAGES_GROUP
+from gateways.kafka.groups import COMPAT_MESSAGES_GROUP, MESSAGES_GROUP
 
 TOPIC_NAME = r"(?!\.{1,2}$)[a-zA-Z0-9._-]{1,249}"
 DEFAULT_SERVERS = "localhost:9092"
@@ -223,8 +223,9 @@ class MessagesOptions(TopicOptions):
     filter: tuple[str, ...] = attrs.field(default=("#",), converter=as_filters, validator=check_filters)
     """Topic Filters of what is written to the stream; a plain string is one filter, an empty list writes nothing. What
     others put into it is published whatever its topic, but never to $SYS."""
-    group: str = attrs.field(default=MESSAGES_GROUP, validator=matches_re(r"[\x21-\x7e]{1,255}"))
-    """The consumer group in which the nodes share the work of reading it; two deployments on one Kafka need two."""
+    group: str | None = attrs.field(default=None, validator=optional(matches_re(r"[\x21-\x7e]{1,255}")))
+    """The consumer group in which the nodes share the work of reading it; two deployments on one Kafka need two. None:
+    `monstermq-cluster`, or what `Profile` says (`KafkaOptions.messages_group`)."""
 
 
 @attrs.frozen(kw_only=True)
@@ -293,7 +294,8 @@ class KafkaOptions:
     consumer: dict[str, Any] = attrs.field(factory=dict)
     """Options of kafka-python's KafkaConsumer, in its spelling or with dots."""
     profile: str = attrs.field(default="safe", validator=in_(("safe", "compat")))
-    """`compat`: acks=1 without idempotence, on everything but the bus."""
+    """`compat`: acks=1 without idempotence, on everything but the bus, and the stream of messages is read in the group
+    `Monster`."""
     metrics: MetricsOptions = MetricsOptions()
     window_messages: int = attrs.field(default=20_000, validator=[ge(100), le(1_000_000)])
     """Records that the archive producer, and that of the stream of messages, may hold each before Kafka has confirmed
@@ -355,6 +357,12 @@ class KafkaOptions:
     def archive_topic(self) -> str:
         """Topic of archive groups that name none."""
         return self.topics.archive.name or "mqtt.archive"
+
+    @property
+    def messages_group(self) -> str:
+        """The group in which the nodes share the work of reading the stream of messages [K11, K16]."""
+        by_profile = COMPAT_MESSAGES_GROUP if self.profile == "compat" else MESSAGES_GROUP
+        return self.topics.messages.group or by_profile
 
     @property
     def effective_delivery_timeout(self) -> float:

@@ -29,7 +29,7 @@ class Stream:
     """One node's end of the stream. Trio thread only."""
 
     def __init__(self, options: KafkaOptions, cluster: Cluster, host: GatewayHost, dead_letters: DeadLetters) -> None:
-        self.topic, self.group = options.messages_topic, options.topics.messages.group
+        self.topic, self.group = options.messages_topic, options.messages_group
         self.filters = options.topics.messages.filter
         self._host = host
         self._cluster = cluster

@@ -21,7 +21,7 @@ from gateways.kafka.client_settings import (
     producer_settings,
     values,
 )
-from gateways.kafka.options import KafkaOptions
+from gateways.kafka.options import KafkaOptions, MessagesOptions, TopicsOptions
 from mqtt_trio.config import LoggingOptions, Overrides, load_config
 from mqtt_trio.config_show import show
 from mqtt_trio.logs import configure
@@ -43,6 +43,13 @@ def test_the_compat_profile_changes_every_producer_but_that_of_the_bus() -> None
     assert producer_settings(options, "archive")["acks"] == (1, COMPAT)
     assert producer_settings(options, "archive")["enable_idempotence"] == (False, COMPAT)
     assert producer_settings(options, "bus") == producer_settings(KafkaOptions(), "bus")
+
+
+def test_the_group_of_the_stream() -> None:
+    assert KafkaOptions().messages_group == "monstermq-cluster"
+    assert KafkaOptions(profile="compat").messages_group == "Monster"
+    topics = TopicsOptions(messages=MessagesOptions(group="monstermq-cluster"))
+    assert KafkaOptions(profile="compat", topics=topics).messages_group == "monstermq-cluster"
 
 
 def test_what_is_given_wins() -> None:
@@ -92,12 +99,14 @@ def test_check_shows_each_setting_with_its_origin() -> None:
     found = shown()
     assert found["Kafka.Producer.acks"] == ('"all"', OURS)
     assert found["Kafka.Producer.delivery_timeout_ms"] == ("60000", "DeliveryTimeout")
+    assert found["Kafka.Topics.Messages.Group"] == ('"monstermq-cluster"', OURS)
     assert found["Kafka.Consumer.fetch_max_bytes"] == ("67108864", OURS)
     assert not any("of the bus" in name for name in found)
     found = shown("Kafka.Profile=compat", "Kafka.Producer.linger.ms=7", "Kafka.Producer.delivery.timeout.ms=9000")
     assert found["Kafka.Producer.acks"] == ("1", COMPAT)
     assert found["Kafka.Producer.acks, of the bus"] == ('"all"', OURS)
     assert found["Kafka.Producer.enable_idempotence"] == ("false", COMPAT)
+    assert found["Kafka.Topics.Messages.Group"] == ('"Monster"', COMPAT)
     assert found["Kafka.Producer.linger_ms"] == ("7", GIVEN)
     assert found["Kafka.Producer.delivery_timeout_ms"] == ("9000", GIVEN)
 
