@@ -155,6 +155,8 @@ class GroupPoller:
         self._halt = threading.Event()
         self._backoff = FIRST_BACKOFF
         self._away = False
+        self._told = ""
+        """Why it was replaced last, while that goes on."""
 
     def abort(self) -> None:
         """Store what is done with, leave the group, end soon. Any thread."""
@@ -221,7 +223,8 @@ class GroupPoller:
             self.figures.failed(self._consumer)
         self.rebuilds += opened
         reason = self._cluster.probe()
-        if reason is None and opened and not self._away:
+        if reason is None and opened and not self._away and text != self._told:
+            self._told = text  # a right that it lacks is missing the next time as well
             log.warning("Kafka consumer %s is replaced: %s", self.name, text)
         if not opened or reason is not None:
             self._away = True
@@ -240,7 +243,7 @@ class GroupPoller:
                 raise Ended
             self._note_owned(consumer)
             if records:
-                self._backoff = FIRST_BACKOFF
+                self._backoff, self._told = FIRST_BACKOFF, ""
                 self._sort_in(records)
             self._alive("handing over")
             while self._backlog and self._hand_over(self, self._backlog[0]):

@@ -154,6 +154,20 @@ async def test_a_consumer_that_fails_is_replaced_and_what_was_delivered_is_not_d
     assert "Kafka consumer reader is replaced: RuntimeError: planned" in caplog.text
 
 
+async def test_an_error_that_goes_on_is_told_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Such as a right on the group that is missing."""
+    monkeypatch.setattr("gateways.kafka.group_poller.LONGEST_BACKOFF", 0.01)
+    group = MemoryGroup({FIRST: [b"0"]}, faults=[RuntimeError("no right to read the group") for _ in range(5)])
+    async with member(group) as one:
+        await one.until(lambda: one.values == [b"0"])
+        assert group.opened == 6
+        group.faults.append(RuntimeError("no right to read the group"))
+        await one.until(lambda: group.opened == 7)
+    assert caplog.text.count("no right to read the group") == 2, "again when it was well in between"
+
+
 async def test_a_topic_that_is_missing_is_asked_for_and_one_that_is_made_again_is_read_from_its_beginning(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
