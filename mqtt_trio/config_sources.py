@@ -83,6 +83,8 @@ class Sources:
         """Return `value` of the file with strings expanded and free tables flattened; note its origin."""
         if isinstance(value, dict) and (free := schema.value_type(key.type)) is not None:
             if schema.table_type(free) is None:
+                for name in _doubled(value):
+                    self.problem((*path, name), "given twice, bare and quoted; keep one")
                 value = flatten(value)
             item = attrs.evolve(key, type=free, unit=None)
             return {name: self._from_file(inner, item, (*path, name), file) for name, inner in value.items()}
@@ -298,6 +300,12 @@ def read_text(text: str, tp: Any, unit: str | None, *, secret: bool) -> Any:
 def flatten(table: Mapping[str, Any]) -> Table:
     """Return `{"retention.ms": 1}` for `{"retention": {"ms": 1}}`, which TOML makes of a bare dotted key."""
     return dict(_flat(table, ""))
+
+
+def _doubled(table: Mapping[str, Any]) -> list[str]:
+    """Return names that a table has with and without quotes, which are two keys to TOML."""
+    names = [name for name, _ in _flat(table, "")]
+    return sorted({name for name in names if names.count(name) > 1})
 
 
 def _flat(table: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:

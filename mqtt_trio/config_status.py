@@ -8,11 +8,11 @@ from typing import Any, Final
 from mqtt_trio.config_schema import Path, show_path
 from mqtt_trio.config_sources import Origin
 
-INACTIVE: Final[Mapping[str, tuple[object, ...]]] = {
-    "Kafka.Metrics.Reporters": ([], ["log"], ["prometheus"], ["log", "prometheus"], ["prometheus", "log"]),
-    "Kafka.Topics.Sessions": (),
+INACTIVE: Final[Mapping[str, str | None]] = {
+    "Kafka.Metrics.Reporters": "kafka",
+    "Kafka.Topics.Sessions": None,
 }
-"""Keys, or whole tables, that mean nothing yet -> values that say what is done anyway."""
+"""Keys, or whole tables, that mean nothing yet -> the item of a list that is meant; None: all of it."""
 
 
 def inactive(table: Mapping[str, Any], origins: Mapping[Path, Origin]) -> tuple[str, ...]:
@@ -27,7 +27,11 @@ def note(path: Path, value: object, *, is_set: bool) -> str:
 
 
 def _is_inactive(path: Path, value: object) -> bool:
-    return any(_covers(pattern, path) and value not in active for pattern, active in INACTIVE.items())
+    return any(_covers(pattern, path) and _means(value, item) for pattern, item in INACTIVE.items())
+
+
+def _means(value: object, item: str | None) -> bool:
+    return item is None or (isinstance(value, list | tuple) and item in value)
 
 
 def _covers(pattern: str, path: Path) -> bool:

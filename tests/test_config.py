@@ -288,6 +288,12 @@ def test_mistakes_across_sections(load: Any) -> None:
     ]
 
 
+def test_a_dotted_key_stands_there_once(load: Any) -> None:
+    assert problems(load, '[Kafka.Producer]\nlinger.ms = 5\n"linger.ms" = 6') == [
+        'Kafka.Producer."linger.ms": given twice, bare and quoted; keep one'
+    ]
+
+
 def test_servers_and_their_alias_must_agree(load: Any) -> None:
     assert kafka(load('[Kafka]\nBootstrapServers = "k:1"')).server_names == ["k:1"]
     assert problems(load, '[Kafka]\nServers = "a:1"\nBootstrapServers = "b:1"') == [

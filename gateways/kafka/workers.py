@@ -24,7 +24,7 @@ from kafka.structs import OffsetAndMetadata
 from gateways.kafka import batches
 from gateways.kafka.batches import Unreadable
 from gateways.kafka.client_metrics import ClientFigures, ClientMetrics, FetchWatch
-from gateways.kafka.client_settings import common_settings, consumer_settings, producer_settings, values
+from gateways.kafka.client_settings import CONSUMER, common_settings, consumer_settings, producer_settings, values
 from gateways.kafka.client_settings import normal_keys as normal_keys
 from gateways.kafka.client_settings import problems_of as problems_of_settings
 from gateways.kafka.options import KafkaOptions
@@ -63,7 +63,14 @@ OWNED: Final = frozenset(
         "consumer_timeout_ms", "metric_reporters", "metric_group_prefix", "socket_options", "client_id",
     }
 )  # fmt: skip
-"""Client options that the gateway sets, or that would break what it promises."""
+"""Client options that the gateway sets, or that would break what it promises; its own values may be said again."""
+INSTEAD: Final[Mapping[str, str]] = {
+    "auto_offset_reset": ', "earliest"; `mqtt-trio offsets reset` moves a group elsewhere before its first start',
+    "bootstrap_servers": "; the key is Kafka.Servers",
+    "enable_auto_commit": ", false: an offset is stored when the message is where it has to go",
+    "group_id": "; Kafka.Topics.Messages.Group names the group of the stream",
+}
+"""What stands for some of them."""
 SECURITY_OPTIONS: Final = ("security_", "ssl_", "sasl_")
 """How options begin that belong to the whole gateway."""
 
@@ -128,7 +135,8 @@ def check_client_options(options: KafkaOptions) -> None:
             if name.startswith(SECURITY_OPTIONS):
                 problems.append(f"Kafka.{section}.{name}: belongs to [Kafka.Security] and [Kafka.SSL], for all clients")
             elif name in OWNED:
-                problems.append(f"Kafka.{section}.{name}: set by the gateway itself")
+                if section != "Consumer" or name not in CONSUMER or CONSUMER[name] != value:
+                    problems.append(f"Kafka.{section}.{name}: set by the gateway itself{INSTEAD.get(name, '')}")
             elif name not in known:
                 problems.append(f"Kafka.{section}.{name}: kafka-python has no such option")
             elif (expected := unlike(value, known[name])) is not None:

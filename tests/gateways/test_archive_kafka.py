@@ -329,7 +329,13 @@ async def test_a_kafka_that_is_not_there_is_told_once(
     "table,problem",
     [
         ({"producer": {"linger.msec": 5}}, "Kafka.Producer.linger_msec: kafka-python has no such option"),
-        ({"consumer": {"group_id": "x"}}, "Kafka.Consumer.group_id: set by the gateway itself"),
+        ({"consumer": {"group_id": "x"}}, "Kafka.Consumer.group_id: set by the gateway itself; Kafka.Topics.Messages"),
+        (
+            {"consumer": {"auto.offset.reset": "latest"}},
+            "Kafka.Consumer.auto_offset_reset: set by the gateway itself, ",
+        ),
+        ({"producer": {"auto_offset_reset": "earliest"}}, "Kafka.Producer.auto_offset_reset: set by the gateway"),
+        ({"consumer": {"enable.auto.commit": True}}, "Kafka.Consumer.enable_auto_commit: set by the gateway itself, f"),
         ({"producer": {"linger_ms": "abc"}}, "Kafka.Producer.linger_ms: expected a number, got 'abc'"),
         ({"producer": {"linger_ms": True}}, "Kafka.Producer.linger_ms: expected a number, got True"),
         ({"producer": {"linger.ms": -1}}, "Kafka.Producer.linger_ms: expected 0 or more, got -1"),
