@@ -106,13 +106,13 @@ def _judge_repeats(
             duplicates.qos1 += again
             continue
         lives = len(message.lives)
-        if last_life is not None and message.lives:
-            lives = last_life - min(message.lives) + 1
-        lives += message.given_back
-        duplicates.qos2 += min(again, lives - 1)
-        if again >= lives:
+        writings = lives + message.given_back
+        if last_life is not None and message.lives:  # what a life had spooled, those behind it may write as well
+            writings += last_life - min(message.lives)
+        duplicates.qos2 += min(again, writings - 1)
+        if again >= writings:
             plural = "life" if lives == 1 else "lives"
-            text = f"{message} is there {again + 1} times; {lives} {plural} of the broker had it"
+            text = f"{message} is there {again + 1} times, at most {writings} are explained; {lives} {plural} had it"
             yield Violation("duplicate", message.publisher, text, message.flow)
 
 
