@@ -265,6 +265,7 @@ class Member:
                 self._attend(consumer)
             elif records := consumer.poll(POLL_TIMEOUT, paused=False):
                 self._backoff = FIRST_BACKOFF
+                self._cluster.back(self.name)
                 self._hand_over(records)
             self._look_after(consumer)
 
@@ -320,6 +321,7 @@ class Member:
                 self._hand_over(consumer.poll(ATTEND_TIMEOUT, paused=self._outstanding > 0))
                 return
             self.commits += 1
+            self._cluster.back(self.name)
         self._commit_at = time.monotonic() + self._commit_interval
         self.stored_up_to = reports
         self.on_stored()

@@ -200,6 +200,26 @@ async def test_killed_between_process_and_commit_it_repeats_and_loses_nothing(se
     assert 0 <= repeated <= 2 * len(lives), "what was printed and not stored, the last one of each life, comes again"
 
 
+async def test_kafka_may_go_away_and_come_back(own_kafka: KafkaNode) -> None:
+    setting = Setting(own_kafka)
+    setting.write(numbered(range(40)))
+    found: list[int] = []
+    with trio.fail_after(LIMIT):
+        async with setting.consumer() as consumer:
+            async for message in consumer:
+                found.append(int(message.payload))
+                if len(found) == 10:
+                    await trio.to_thread.run_sync(own_kafka.kill)
+                    await until(lambda: consumer.trouble is not None)
+                    await trio.to_thread.run_sync(own_kafka.start)
+                    await trio.to_thread.run_sync(setting.write, numbered(range(40, 50)))
+                if set(found) == set(range(50)):
+                    break
+            assert consumer.trouble is None
+    assert len(found) <= 50 + PARTITIONS, "what was processed and not stored comes again, no more"
+    assert sum(setting.committed().values()) == 50
+
+
 async def test_latest_begins_at_the_end_and_a_restart_where_it_was(setting: Setting) -> None:
     setting.write(numbered(range(20)))
     with trio.fail_after(LIMIT):
