@@ -90,8 +90,8 @@ class GroupBridge:
         """Store the offsets of what is done with, leave the group. Bounded by the caller's cancel scope, and by itself:
         a thread that does not come back is left behind."""
         self._poller.abort()
-        if self._token is None:
-            return
+        if self._token is None or not self._poller.owned:
+            return  # there is nothing to store; it may be about to connect, which takes seconds
         with trio.move_on_after(4 * CLOSE_GRACE):
             await self._ended.wait()
 

@@ -23,6 +23,8 @@ from mqtt_trio.gateway import GatewayHost
 
 CONSUMER: Final = "messages-reader"
 PRODUCER: Final = "messages"
+LAST_WORD: Final = 0.5
+"""Seconds that a stop whose time is up still gives the reader to store offsets; its thread goes on with that anyway."""
 
 
 class Stream:
@@ -77,8 +79,9 @@ class Stream:
         scope: cancelled, others may read again what this node published last."""
         try:
             await self.incoming.finish()
+            await self.reader.stop()
         finally:
-            with trio.CancelScope(shield=True):  # bounded by itself; what is done with shall be stored
+            with trio.CancelScope(shield=True), trio.move_on_after(LAST_WORD):  # what is done with shall be stored
                 await self.reader.stop()
 
     async def stop(self) -> None:
