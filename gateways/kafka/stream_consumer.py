@@ -6,16 +6,13 @@ partitions to others when its session ends, ten seconds later, one that stops in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from typing import Final
 
-import attrs
-import kafka.errors as kafka_errors
 from kafka import TopicPartition
 
-from gateways.kafka.client_metrics import ClientFigures, ClientMetrics, FetchWatch
 from gateways.kafka.member_consumer import GroupListener, MemberConsumer, pairs, stored
 from gateways.kafka.options import KafkaOptions
 from gateways.kafka.poller import Partition
@@ -34,8 +31,6 @@ class StreamConsumer(MemberConsumer):
           kafka.errors.KafkaError: no broker answers, or does not let us in.
         """
         super().__init__(options, name, group, [topic], listener)
-        self._metrics = ClientMetrics(self._consumer, "consumer")
-        self._fetches = FetchWatch(self._consumer._fetcher, kafka_errors.Cancelled)
 
     def partitions(self, topic: str) -> list[int]:
         """Return the partitions of `topic` as the client knows them; none when there is no such topic."""
@@ -57,16 +52,6 @@ class StreamConsumer(MemberConsumer):
         """Return the end of the partition as of the last fetch."""
         found: int | None = self._consumer.highwater(TopicPartition(*partition))
         return found
-
-    def latest_ends(self, partitions: Sequence[Partition]) -> dict[Partition, int]:
-        """Return the ends of the partitions; gives up after a second."""
-        found = self._consumer.end_offsets([TopicPartition(*p) for p in partitions], POSITION_TIMEOUT_MS)
-        return {(p.topic, p.partition): offset for p, offset in found.items()}
-
-    def figures(self) -> ClientFigures:
-        """Return what the client says about itself, and how its fetches fared."""
-        watch = self._fetches
-        return attrs.evolve(self._metrics.read(), failed_fetches=watch.failed, answered_at=watch.answered_at)
 
     def store(self, offsets: Mapping[Partition, int], failed: NotStored) -> None:
         """Store offsets in the group; a later `poll` tells when Kafka did not take them."""

@@ -89,7 +89,7 @@ CASES: Final[dict[str, list[Case]]] = {
     "KafkaDeadLetters": counter(f"mqtt_trio_kafka_dlq_letters_total{{{LABELS}}}"),
     "KafkaThreadHung": [
         case
-        for part in ("bus_consumer", "bus_producer", "archive")
+        for part in ("bus_consumer", "bus_producer", "archive", "stream_consumer", "stream_producer", "events_producer")
         for case in pair(f"mqtt_trio_kafka_{part}_threads_left{{{LABELS}}}", 1, 0)
     ],
     "BusMessagesDropped": [
