@@ -25,7 +25,7 @@ from gateways.kafka.bus_choices import NOBODY, WHOLE, Chosen, GroupNews, encode_
 from gateways.kafka.bus_errors import BusRecordError
 from gateways.kafka.bus_groups import Group, GroupTable, OwnPlace, next_turn
 from gateways.kafka.bus_outbox import BusOutbox
-from gateways.kafka.bus_records import Decoded, Header, Kind, encode_message
+from gateways.kafka.bus_records import Decoded, Header, Kind
 from gateways.kafka.bus_share_route import ShareRoute
 from gateways.kafka.bus_slots import Slot
 from mqtt_trio.gateway import FrameRun, GatewayHost, LocalClient, Message, TapRoute, read_run
@@ -441,10 +441,14 @@ class BusShares:
             self._pass_on(group, message, 1)
 
     def _pass_on(self, group: Group, message: Message, hops: int) -> None:
-        """Write a message again, for one group alone, which another node serves."""
-        turn = next_turn(self.table.elsewhere(group))
-        item = encode_choices([turn.pair], only=True, hops=hops) + encode_message(message)
+        """Write a message again, for one group alone, which another node serves. One that no record can hold is a dead
+        letter."""
         slot = self._slot_of(message.topic_name)
+        packed = slot.encoded(message)
+        if packed is None:
+            return
+        turn = next_turn(self.table.elsewhere(group))
+        item = encode_choices([turn.pair], only=True, hops=hops) + packed
         self.passed_on += 1
         if message.qos:
             self.outbox.hand_over(slot.number, item)

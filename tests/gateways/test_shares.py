@@ -120,6 +120,24 @@ async def test_what_waits_goes_to_members_elsewhere(autojump_clock: MockClock, c
     assert await numbers(back) == [[]]
 
 
+async def test_what_no_record_can_hold_stops_nobody(
+    autojump_clock: MockClock, cluster: WholeCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateways.kafka.bus_records.MAX_PROPERTIES", 2)
+    one, two, _ = await start(cluster)
+    await (await one.connect("away", GROUP, **KEPT)).disconnect()
+    publisher = await one.connect("publisher")
+    for number in range(3):
+        pairs = (("k", "v"),) * (3 if number == 1 else 1)
+        await publisher.publish("t/1", b"%d" % number, qos=1, user_properties=pairs)
+    await trio.sleep(SOON)
+    member = await two.connect("member", GROUP)
+    assert await numbers(member) == [[0, 2]]
+    await publisher.publish("t/1", b"3", qos=1)
+    assert await numbers(member) == [[3]]
+    assert one.counters()["bus_messages_failed"] == 1, "where it waited; on its way out it was a packet"
+
+
 def stored(cluster: WholeCluster, node_id: str) -> list[object]:
     store = cluster.stores[node_id]
     assert isinstance(store, MemoryStore)
