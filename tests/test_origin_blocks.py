@@ -1,8 +1,9 @@
 """Each configuration block of the page that the Kafka design comes from, in TOML: it loads, `check` takes it, a node
-starts with it; one of them gives the one warning that docs/monitoring.md documents [C, K16, K17]."""
+starts with it. One of them gives the one warning that docs/monitoring.md documents [C, K16, K17]."""
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +12,11 @@ from typing import Any, Final
 import pytest
 import trio
 
+from gateways.kafka.archived import archived_message
 from gateways.kafka.options import KafkaOptions
+from gateways.kafka.reading import JsonReader
+from gateways.kafka.records import ConsumedRecord
+from gateways.kafka.stream_records import message_of
 from mqtt_trio import __main__ as command_line
 from mqtt_trio.app import Node
 from mqtt_trio.config import LoadedConfig, Overrides, load_config
@@ -114,7 +119,7 @@ def test_what_could_not_be_chosen_there() -> None:
     assert effective["Producer.acks"] == (1, 'Profile = "compat"')
     assert effective["Producer.acks, of the bus"][0] == "all"
     assert effective["Consumer.auto_offset_reset"] == ("earliest", "[Kafka.Consumer]")
-    assert options.topics.messages.group == "Monster"
+    assert options.messages_group == "Monster"
 
 
 def test_groups_in_kafka_need_no_section() -> None:
@@ -177,3 +182,22 @@ def test_options_of_the_clients() -> None:
 def test_loggers_of_java_are_ours() -> None:
     loggers = load("logging_bare", {}).options.logging.loggers
     assert levels(loggers) == {"kafka": "DEBUG", "gateways.kafka": "DEBUG"}
+
+
+def test_records_of_there_are_read_here() -> None:
+    """[K8, K11]: seconds without a fraction, headers in an object, no key, no headers of the record."""
+    value = {
+        "timestamp": "2026-01-15T10:30:00Z",
+        "topic": "sensors/cellar",
+        "payload": "17.5",
+        "qos": 1,
+        "retained": False,
+        "clientId": "probe-7",
+        "brokerId": "node-a",
+        "headers": {"contentType": "text/plain", "correlationId": "c-9"},
+    }
+    record = ConsumedRecord("mqtt.archive", 0, 0, None, json.dumps(value).encode(), (), 1_768_473_000_123)
+    archived = archived_message(JsonReader().read(record), record)
+    assert (archived.topic_name, archived.payload, archived.client_id) == ("sensors/cellar", b"17.5", "probe-7")
+    published = message_of(record)
+    assert (published.topic_name, published.payload, published.qos) == ("sensors/cellar", b"17.5", 1)
