@@ -1,6 +1,6 @@
 """The Trio half of the bridge: a bounded window towards the feeder thread, lists of records from the poller thread.
 
-Costs decide the shape (docs/kafka.md): a hop per record takes 50 µs and more, a deque with one wake per burst 0.4 µs.
+Costs decide the shape: a hop per record takes 50 µs and more, a deque with one wake per burst 0.4 µs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The thread that feeds one producer, and replaces it when it can no longer be trusted (docs/kafka.md).
+"""The thread that feeds one producer, and replaces it when it can no longer be trusted (docs/kafka-errors.md).
 
 Order is what this module is careful about. Records leave in the order of their offers; per partition kafka-python keeps
 it. The first failure breaks the producer off in the very thread that reports it, before anything behind the failed

@@ -1,4 +1,4 @@
-"""One producer of a feeder, and the records that were handed to it (docs/kafka.md, "Producer")."""
+"""One producer of a feeder, and the records that were handed to it (docs/kafka-errors.md)."""
 
 from __future__ import annotations
 

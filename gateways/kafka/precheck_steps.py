@@ -1,6 +1,7 @@
 """The steps of a connection to Kafka, taken one by one, so that the one that fails can be named.
 
-What Kafka, OpenSSL and others answer to a client that asks wrongly was measured; docs/kafka.md says what each means.
+What Kafka, OpenSSL and others answer to a client that asks wrongly was measured; docs/kafka-security.md says what each
+means.
 """
 
 from __future__ import annotations

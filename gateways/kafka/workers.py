@@ -1,7 +1,8 @@
 """The blocking half of the data path: producers and consumers of kafka-python (the admin client is in `admin`).
 
-Nothing here runs on the Trio thread. What kafka-python does and does not do stands in docs/kafka.md; the shape of this
-module follows from it: clients never create topics, failed constructors leak nothing, a producer can be broken off.
+Nothing here runs on the Trio thread. What kafka-python does and does not do stands in docs/kafka-errors.md; the shape
+of this module follows from it: clients never create topics, failed constructors leak nothing, a producer can be
+broken off.
 """
 
 from __future__ import annotations

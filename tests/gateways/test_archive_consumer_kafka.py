@@ -241,7 +241,7 @@ async def test_latest_begins_at_the_end_and_a_restart_where_it_was(setting: Sett
 async def test_the_example_of_the_guide(
     setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    guide = (Path(__file__).parents[2] / "docs" / "kafka.md").read_text()
+    guide = (Path(__file__).parents[2] / "docs" / "kafka-archive.md").read_text()
     example = re.search(r"```python\n(import os\n.*?)```", guide, re.DOTALL)
     assert example is not None
     setting.write(numbered(range(3)))
@@ -249,7 +249,7 @@ async def test_the_example_of_the_guide(
     (tmp_path / "config.toml").write_text(f'[Kafka]\nServers = "{setting.servers}"\n')
     code = example[1].replace('"billing"', repr(setting.group)).replace('"mqtt.archive"', repr(setting.topic))
     names: dict[str, Callable[[], Awaitable[None]]] = {"__name__": "example"}  # type: ignore[dict-item]
-    exec(compile(code, "docs/kafka.md", "exec"), names)
+    exec(compile(code, "docs/kafka-archive.md", "exec"), names)
     lines: list[str] = []
     with trio.fail_after(LIMIT):
         async with trio.open_nursery() as nursery:

@@ -71,7 +71,7 @@ def test_fewer_acknowledgements_turn_idempotence_off(acks: int) -> None:
 
 
 def test_the_delivery_timeout_is_none_of_kafka_python_s() -> None:
-    """A producer is given up as a whole (docs/kafka.md), so that nothing overtakes."""
+    """A producer is given up as a whole (docs/kafka-errors.md), so that nothing overtakes."""
     assert "delivery_timeout_ms" not in producer_settings(
         KafkaOptions(producer={"delivery.timeout.ms": 7000}), "archive"
     )

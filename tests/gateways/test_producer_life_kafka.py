@@ -1,4 +1,4 @@
-"""The ways in which kafka-python's producer dies or spins, provoked on a real Kafka and survived (docs/kafka.md)."""
+"""The ways in which kafka-python's producer dies or spins, provoked on a real one (docs/kafka-errors.md)."""
 
 from __future__ import annotations
 
