@@ -73,7 +73,10 @@ class Sources:
         except UnicodeDecodeError as exc:
             return self.problem((), f"{path}: is not UTF-8 (byte {exc.start})")
         except tomli.TOMLDecodeError as exc:
-            return self.problem((), f"{path}: {exc}")
+            hint = (
+                '; of names with dots, put the longer one in quotes, "a.b.c"' if "overwrite a value" in str(exc) else ""
+            )
+            return self.problem((), f"{path}: {exc}{hint}")
         for name in list(table):
             key = self.root.get(name)
             self.table[name] = table[name] if key is None else self._from_file(table[name], key, (name,), path.name)

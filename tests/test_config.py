@@ -294,6 +294,13 @@ def test_a_dotted_key_stands_there_once(load: Any) -> None:
     ]
 
 
+def test_a_dotted_key_below_another_one_takes_quotes(load: Any) -> None:
+    (problem,) = problems(load, '[Logging.Loggers]\na.b = "INFO"\na.b.c = "DEBUG"')
+    assert problem.endswith('of names with dots, put the longer one in quotes, "a.b.c"')
+    loggers = load('[Logging.Loggers]\na.b = "INFO"\n"a.b.c" = "DEBUG"').options.logging.loggers
+    assert loggers == {"a.b": "INFO", "a.b.c": "DEBUG"}
+
+
 def test_servers_and_their_alias_must_agree(load: Any) -> None:
     assert kafka(load('[Kafka]\nBootstrapServers = "k:1"')).server_names == ["k:1"]
     assert problems(load, '[Kafka]\nServers = "a:1"\nBootstrapServers = "b:1"') == [
