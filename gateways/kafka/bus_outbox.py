@@ -24,7 +24,7 @@ import trio
 from gateways.kafka.bus_outgoing import NOTES, Outgoing
 from gateways.kafka.bus_records import RUN_OVERHEAD, Item
 from gateways.kafka.bus_settings import BusSettings
-from gateways.kafka.bus_window import BusWindow
+from gateways.kafka.bus_window import HARD, BusWindow
 from gateways.kafka.records import Record, was_closed
 from mqtt_trio.gateway import Answer, GatewayHost, Hold, LocalClient, ReasonCode, Refused, Spool, SpoolRecord
 
@@ -89,6 +89,7 @@ class BusOutbox:
         self._waits: deque[Outgoing] = deque()  # acknowledgements wait for them, oldest first
         self._any_waits = trio.Event()
         self._drained = 0
+        self._aside_messages = self._aside_size = 0
         self._in_hand = False  # something was read from the spool and not sent
         self._uncommitted = 0
         self._last_note = 0
@@ -221,6 +222,10 @@ class BusOutbox:
         if outgoing.counted:
             outgoing.counted = False
             self._window.settle(outgoing.messages, outgoing.size)
+        if outgoing.aside:
+            outgoing.aside = False
+            self._aside_messages -= outgoing.messages
+            self._aside_size -= outgoing.size
 
     # --- those who wait
 
@@ -338,11 +343,23 @@ class BusOutbox:
         while self._written and (self._written[0].spool_end or 0) <= spool.durable:
             outgoing = self._written.popleft()
             self._release(outgoing)
-            if outgoing not in self._flights:
+            if outgoing in self._flights:
+                self._put_aside(outgoing)
+            else:
                 self._leave(outgoing)
         self._fill()
         self._has_moved()
         self._host.flush()
+
+    def _put_aside(self, outgoing: Outgoing) -> None:
+        """Give back the room of what was on its way when the outage was noticed, since that may be the whole window,
+        and would hold up what comes until Kafka is back. Memory holds it still: at most HARD windows are put aside."""
+        messages, size = self._aside_messages + outgoing.messages, self._aside_size + outgoing.size
+        window = self._window
+        if outgoing.counted and messages <= HARD * window.max_messages and size <= HARD * window.max_size:
+            outgoing.counted, outgoing.aside = False, True
+            self._aside_messages, self._aside_size = messages, size
+            window.settle(outgoing.messages, outgoing.size)
 
     def _end_spooling(self, spool: Spool) -> None:
         if self._open and not self._queue and not self._in_hand and spool.unread == spool.end:

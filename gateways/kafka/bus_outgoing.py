@@ -33,6 +33,8 @@ class Outgoing:
     """Position behind it in the spool; None: it is not there."""
     counted: bool = True
     """It takes room in the window."""
+    aside: bool = False
+    """It is on its way and in the spool, and has given its room back."""
     over: bool = False
     """Kafka has it, or never will."""
     answer_by: float = 0.0

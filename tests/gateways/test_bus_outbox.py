@@ -294,6 +294,39 @@ async def test_what_was_on_its_way_when_kafka_went_away_is_written_as_well(
 
 
 @pytest.mark.parametrize("settings", [SPOOL, BOTH])
+async def test_a_window_that_is_full_when_the_outage_is_noticed_stops_nobody(
+    autojump_clock: MockClock, tmp_path: Path, settings: BusSettings
+) -> None:
+    settings = attrs.evolve(settings, window_messages=100)
+    async with open_cluster(settings, tmp_path) as cluster:
+        one, two = await cluster.start("one", kept=False), await cluster.start("two")
+        await leave_behind(two, "kept", "t")
+        early, late = await one.connect("early"), await one.connect("late")
+        watchers, cluster.kafka.watchers = list(cluster.kafka.watchers), []
+        one.bus.outbox.trouble = lambda: None  # nobody has noticed yet
+        cluster.kafka.go_away()
+        for publish in publishes(early, 150):
+            await early.send(publish)
+        await trio.sleep(SOON)
+        assert one.counters()["bus_messages_waiting"] == 150
+        assert one.counters()["bus_messages_held"] == 50
+        one.bus.outbox.trouble, cluster.kafka.watchers = cluster.kafka.trouble, watchers
+        for look in watchers:
+            look()
+        for _ in range(150):
+            await early.expect(PubAck)
+        for number in range(150, 450):
+            await late.publish("t", b"%d" % number, qos=1)
+        await trio.sleep(SOON)
+        assert one.counters()["bus_messages_waiting"] == 0
+        cluster.kafka.come_back()
+        await trio.sleep(SOON)
+        assert await heard(two, "kept") == list(range(450))
+        assert one.counters()["bus_messages_waiting"] == one.counters()["bus_spool_messages"] == 0
+        assert one.bus.outbox._aside_messages == one.bus.outbox._aside_size == 0
+
+
+@pytest.mark.parametrize("settings", [SPOOL, BOTH])
 async def test_a_node_that_is_stopped_in_an_outage_leaves_nothing_behind(
     autojump_clock: MockClock, tmp_path: Path, settings: BusSettings
 ) -> None:
