@@ -76,11 +76,11 @@ class KafkaGateway:
         `spooled`: the group has a spool.
 
         Raises:
-          ConfigError: something is missing that the format needs, or the topic is the stream of messages: what is
-            archived there would be published again, for ever.
+          ConfigError: something is missing that the format needs, or the topic holds something else: readers of that
+            would meet archive records, and what is archived to the stream of messages would be published again.
         """
-        if self.options.has_stream and topic == self.options.messages_topic:
-            text = f"archive group {name}: KafkaTopic = {topic} is the stream of [Kafka.Topics.Messages]; name another"
+        if (key := {name: key for key, name in self.options.own_topics.items()}.get(topic or "")) is not None:
+            text = f"archive group {name}: KafkaTopic = {topic} is the topic of Kafka.{key}; name another"
             raise ConfigError([text])
         if self._archive is None:
             self._archive = ProducerBridge(

@@ -314,12 +314,11 @@ class KafkaOptions:
         bus = self.topics.bus.name
         if bus is not None and bus != self.bus.topic and self.bus.topic != "monster":
             raise ValueError("Bus.Topic and Topics.Bus.Name name different topics; keep one of them")
-        topics = self.topics
-        others = {
-            self.bus_topic, self.archive_topic, topics.retained.name or "mqtt.retained", topics.dlq.name or "mqtt.dlq"
-        }  # fmt: skip
-        if self.has_stream and self.messages_topic in others:
-            raise ValueError(f"Topics.Messages needs a topic of its own: {self.messages_topic} is used for another")
+        taken: dict[str, str] = {}
+        for key, name in (("Topics.Archive", self.archive_topic), *self.own_topics.items()):
+            if name in taken:
+                raise ValueError(f"{key} and {taken[name]} are the same topic, {name}; each needs one of its own")
+            taken[name] = key
 
     def advice(self) -> Sequence[str]:
         """Return what could be better, a line each, without a look at Kafka [K20]."""
@@ -352,6 +351,21 @@ class KafkaOptions:
     def bus_topic(self) -> str:
         """Name of the bus topic."""
         return self.topics.bus.name or self.bus.topic
+
+    @property
+    def own_topics(self) -> dict[str, str]:
+        """Topics that hold one thing alone: by the key below [Kafka] that names each, where its feature is on."""
+        topics, found = self.topics, dict[str, str]()
+        if self.bus.enabled or self.has_stream:
+            found["Bus.Topic"] = self.bus_topic
+            found["Topics.Retained"] = topics.retained.name or "mqtt.retained"
+        if topics.dlq.enabled is not False:
+            found["Topics.Dlq"] = topics.dlq.name or "mqtt.dlq"
+        if self.has_stream:
+            found["Topics.Messages"] = self.messages_topic
+        if topics.events.enabled:
+            found["Topics.Events"] = topics.events.name or "mqtt.events"
+        return found
 
     @property
     def archive_topic(self) -> str:

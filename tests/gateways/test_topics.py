@@ -14,6 +14,7 @@ import trio
 from gateways.kafka import client_settings, workers
 from gateways.kafka.admin import Admin
 from gateways.kafka.cluster import Cluster
+from gateways.kafka.kafka_gateway import KafkaGateway
 from gateways.kafka.options import (
     BusOptions,
     KafkaOptions,
@@ -24,6 +25,7 @@ from gateways.kafka.options import (
 )
 from gateways.kafka.topic_plan import DENIED, TopicPlan, plan_topics
 from gateways.kafka.topics import TopicManager, survey
+from mqtt_trio.errors import ConfigError
 from tests.kafka_fakes import FakeAdmin
 from tests.kafka_support import KafkaNode, unique_name
 
@@ -167,12 +169,31 @@ async def test_a_topic_that_vanished_is_made_again() -> None:
         ({"servers": "a:http"}, "expected host:port"),
         ({"servers": []}, "at least one"),
         ({"bus": BusOptions(topic="x"), "topics": TopicsOptions(bus=TopicOptions(name="y"))}, "different topics"),
+        ({"bus": BusOptions(enabled=True, topic="mqtt.retained")}, "Topics.Retained and Bus.Topic are the same topic"),
+        ({"bus": BusOptions(enabled=True, topic="mqtt.archive")}, "Bus.Topic and Topics.Archive are the same topic"),
+        ({"topics": TopicsOptions(dlq=TopicOptions(name="mqtt.archive"))}, "Topics.Dlq and Topics.Archive are"),
+        (
+            {"topics": TopicsOptions(messages=MessagesOptions(enabled=True, name="monster"))},
+            "Topics.Messages and Bus.Topic are",
+        ),
+        (
+            {"topics": TopicsOptions(events=TopicOptions(enabled=True, name="mqtt.dlq"))},
+            "Topics.Events and Topics.Dlq are the same topic, mqtt.dlq",
+        ),
         ({"profile": "fast"}, "profile"),
     ],
 )
 def test_options_that_contradict_are_refused(changes: dict[str, Any], problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         KafkaOptions(**changes)
+
+
+@pytest.mark.parametrize("topic,key", [("monster", "Bus.Topic"), ("mqtt.dlq", "Topics.Dlq")])
+def test_no_archive_group_writes_to_a_topic_of_something_else(topic: str, key: str) -> None:
+    gateway = KafkaGateway(KafkaOptions(bus=BusOptions(enabled=True)))
+    with pytest.raises(ConfigError, match=f"archive group A: KafkaTopic = {topic} is the topic of Kafka.{key}"):
+        gateway.archive_store(topic, "A")
+    gateway.archive_store("mqtt.sensors", "A")
 
 
 def test_servers_have_two_names_and_two_forms() -> None:
