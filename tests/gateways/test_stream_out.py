@@ -10,7 +10,7 @@ from typing import Any, cast
 import attrs
 import pytest
 import trio
-from trio.testing import MockClock
+from trio.testing import MockClock, wait_all_tasks_blocked
 
 from gateways.kafka.archive import KafkaArchiveStore
 from gateways.kafka.mapping import JsonMapper
@@ -142,6 +142,7 @@ async def test_beyond_the_window_qos_0_is_left_out_and_others_wait(autojump_cloc
         w.store.slow = True
         for number in range(WINDOW + 3):
             await client.publish("t", b"%d" % number)
+            await wait_all_tasks_blocked()  # a run of several would be taken whole
         await trio.sleep(1)
         assert len(w.store.payloads) == WINDOW
         assert w.counters == {"messages_left_out": 3, "messages_waiting": WINDOW}
