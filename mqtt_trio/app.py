@@ -88,7 +88,10 @@ class Node:
         self.clients = Clients(self.broker, _make_poller(self.broker))
         self.gateways: dict[str, Gateway] = {}
         self.groups: list[ArchiveGroup] = []
-        self.monitor = Monitor(self) if self.options.http.port is not None else None
+        view = Monitor(self)
+        self.monitor = view if self.options.http.port is not None else None
+        self.host.look = view.figures
+        self._loop_watch = view.watch
         self.listeners: list[Listener[ListenerOptions]] = []
         self.started = trio.Event()
         self.stopping = trio.Event()
@@ -103,6 +106,8 @@ class Node:
         async with trio.open_nursery() as services:
             if self.monitor is not None:
                 await services.start(self.monitor.run)  # first, so that it can say that the node starts
+            elif self.loaded.gateways:
+                services.start_soon(self._loop_watch.run)  # gateways may show figures, too
             if self.clients.poller is not None:
                 services.start_soon(self.clients.poller.run)
             if self.options.node.sys_interval:

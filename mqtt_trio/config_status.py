@@ -9,7 +9,6 @@ from mqtt_trio.config_schema import Path, show_path
 from mqtt_trio.config_sources import Origin
 
 INACTIVE: Final[Mapping[str, str | None]] = {
-    "Kafka.Metrics.Reporters": "kafka",
     "Kafka.Topics.Sessions": None,
 }
 """Keys, or whole tables, that mean nothing yet -> the item of a list that is meant; None: all of it."""

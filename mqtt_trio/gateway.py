@@ -173,6 +173,10 @@ class GatewayHost(Protocol):
         """Tell `sink` of rare facts about the broker (`mqtt_trio.broker.events`). It runs inside the hot stretch, is
         quick and does not raise."""
 
+    def figures(self) -> Iterable[Figure]:
+        """All figures of the node as of now, this gateway's included, under the whole names that /metrics shows. It
+        costs what a look at that page costs: every few seconds, not per message."""
+
     def watch_clients(self, watcher: Callable[[Newcomer], None]) -> None:
         """Tell `watcher` of each client that has connected with a Client Identifier of its own, behind its CONNACK.
         It runs inside the hot stretch, is quick and does not raise."""

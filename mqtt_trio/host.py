@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import trio
@@ -15,6 +15,7 @@ from mqtt_trio.broker.local import LocalPublisher
 from mqtt_trio.broker.message import Message
 from mqtt_trio.broker.spread import Spread
 from mqtt_trio.broker.tap import Tap
+from mqtt_trio.gateway import Figure
 
 
 class Host:
@@ -34,6 +35,8 @@ class Host:
         self.node_id = node_id
         self.instance_id = instance_id
         self.complete = trio.Event()
+        self.look: Callable[[], Iterable[Figure]] = tuple
+        """Gathers the node's figures."""
         self._data, self._synchronous = data, synchronous
 
     def add_tap(self, tap: Tap) -> None:
@@ -68,6 +71,10 @@ class Host:
     def watch_events(self, sink: EventSink) -> None:
         """Tell `sink` of rare facts."""
         self.broker.watch_events(sink)
+
+    def figures(self) -> Iterable[Figure]:
+        """All figures of the node, as of now."""
+        return self.look()
 
     def watch_clients(self, watcher: Callable[[Newcomer], None]) -> None:
         """Tell `watcher` of each client that connects."""

@@ -19,6 +19,7 @@ import trio
 from mqtt_trio import __version__
 from mqtt_trio.archive.groups import MEANINGS as GROUP_MEANINGS
 from mqtt_trio.broker.metrics import Metrics
+from mqtt_trio.gateway import Figure
 from mqtt_trio.server.exposition import CONTENT_TYPE, PREFIX, Exposition
 from mqtt_trio.server.http import JSON, HttpServer, Request, Response, open_http
 from mqtt_trio.server.listeners import Endpoint, Listener
@@ -118,14 +119,22 @@ class Monitor:
 
     def metrics(self, _request: Request) -> Response:
         """Return all figures."""
+        return Response(200, self._gather().render(), CONTENT_TYPE)
+
+    # What they say
+
+    def figures(self) -> Iterator[Figure]:
+        """Yield the figures of /metrics under their whole names; the port need not be open."""
+        for name, kind, meaning, labels, value in self._gather().samples():
+            yield Figure(name, meaning, value, labels, kind)
+
+    def _gather(self) -> Exposition:
         page = Exposition()
         self._add_node(page)
         page.add_counters("", self.node.broker.metrics.snapshot(), meanings_of_metrics())
         self._add_parts(page)
         _add_process(page, self._began_at)
-        return Response(200, page.render(), CONTENT_TYPE)
-
-    # What they say
+        return page
 
     def reasons(self) -> Iterator[str]:
         """Yield why clients should not be sent here; nothing: the node is ready [K1]."""

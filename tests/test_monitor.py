@@ -85,9 +85,12 @@ async def test_metrics_of_a_node_at_work(tmp_path: Path) -> None:
         for qos in (0, 1, 1):
             await client.publish("a", b"payload", qos=qos)
         answer = await fetch(port, "/metrics")
+        told = {(figure.name, *sorted(figure.labels.items())) for figure in node.host.figures()}
     assert answer.status == 200
     assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
     found = families(answer.body)
+    shown = {(one.name, *sorted(one.labels.items())) for family in found.values() for one in family.samples}
+    assert {one for one in told if one[0] != "mqtt_trio_http_answers_total"} == shown
     assert value(found, "mqtt_trio_messages_received", qos="0") == 1
     assert value(found, "mqtt_trio_messages_received", qos="1") == 2
     assert value(found, "mqtt_trio_clients_connected") == 1
@@ -288,7 +291,11 @@ async def test_over_tls(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Non
 
 
 async def test_it_is_off_without_a_port(tmp_path: Path) -> None:
-    assert Node(load_config(None, {}, Overrides(sets=[f"Persistence.Path={tmp_path}"]))).monitor is None
+    node = Node(load_config(None, {}, Overrides(sets=[f"Persistence.Path={tmp_path}"])))
+    assert node.monitor is None
+    figures = {figure.name: figure.value for figure in node.host.figures()}
+    assert figures["mqtt_trio_clients_connected"] == 0
+    assert figures["process_resident_memory_bytes"] > 1e7
 
 
 async def test_a_port_that_is_taken_is_one_message(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from gateways.kafka.exposed import figures_of, worst_of
 from gateways.kafka.groups import bus_group
 from gateways.kafka.mapping import JsonMapper, RawMapper, RecordMapper
 from gateways.kafka.meanings import MEANINGS
+from gateways.kafka.metrics_out import MetricsOut
 from gateways.kafka.options import KafkaOptions
 from gateways.kafka.poller import Assignment
 from gateways.kafka.precheck import probe
@@ -67,6 +68,7 @@ class KafkaGateway:
         self._bus: Bus | None = None
         self._stream: Stream | None = None
         self._events: EventsOut | None = None
+        self._metrics: MetricsOut | None = None
         self._topics: TopicManager | None = None
 
     def archive_store(
@@ -149,9 +151,7 @@ class KafkaGateway:
             if self._dlq is not None:
                 await nursery.start(self._dlq.run)
             await self._start_archive(nursery, host)
-            if self.options.topics.events.enabled:
-                self._events = EventsOut(self.options, self.cluster, host)
-                await nursery.start(self._events.run)
+            await self._start_reports(nursery, host)
             if self.options.bus.enabled:
                 self._bus = self._make_bus(host)
                 if self._events is not None:
@@ -159,7 +159,7 @@ class KafkaGateway:
                 nursery.start_soon(follow, self.cluster, self._bus.outbox.look)
                 await nursery.start(self._bus.run)
             else:
-                if self._archive is not None or self._events is not None or self.options.has_stream:
+                if self._archive or self._events or self._metrics or self.options.has_stream:
                     nursery.start_soon(watch_presence, self.cluster)
                 with trio.move_on_after(START_PATIENCE):
                     await self._topics.looked.wait()
@@ -176,6 +176,14 @@ class KafkaGateway:
         while True:
             await trio.sleep(self.options.metrics.interval)
             log.info("figures %s", json.dumps(worst_of(self.cluster.clients.values())))
+
+    async def _start_reports(self, nursery: trio.Nursery, host: GatewayHost) -> None:
+        if self.options.topics.events.enabled:
+            self._events = EventsOut(self.options, self.cluster, host)
+            await nursery.start(self._events.run)
+        if self.options.writes_metrics:
+            self._metrics = MetricsOut(self.options, self.cluster, host)
+            await nursery.start(self._metrics.run)
 
     async def _start_archive(self, nursery: trio.Nursery, host: GatewayHost) -> None:
         if self._archive is not None:
@@ -268,6 +276,8 @@ class KafkaGateway:
                     nursery.start_soon(self._stream.stop)
                 if self._events is not None:
                     nursery.start_soon(self._events.stop)
+                if self._metrics is not None:
+                    nursery.start_soon(self._metrics.stop)
         finally:
             if self._dlq is not None:  # last: the others may end with letters
                 await self._dlq.stop()
@@ -311,6 +321,8 @@ class KafkaGateway:
             counters |= self._stream.counters()
         if self._events is not None:
             counters |= self._events.counters()
+        if self._metrics is not None:
+            counters |= self._metrics.counters()
         return counters | self.dead_letters.counters()
 
     def figures(self) -> Iterator[Figure]:

@@ -117,6 +117,9 @@ MEANINGS: Final[Mapping[str, str]] = {
     "events_written": "Events that Kafka has confirmed.",
     "events_dropped": "Events that Kafka will not get: too many waited for it, or it does not take them.",
     **{f"events_producer_{name}": f"{_PRODUCER[name][:-1]}, of events." for name in sorted(OF_THREADS)},
+    "metrics_written": "Records of all figures that Kafka has confirmed.",
+    "metrics_left_out": "Records of all figures that Kafka will not get: a newer one took its place, or it failed.",
+    **{f"metrics_producer_{name}": f"{_PRODUCER[name][:-1]}, of metrics." for name in sorted(OF_THREADS)},
     **{f"dlq_{name}": meaning for name, meaning in _DLQ.items()},
     **{f"dlq_{reason}": f"Dead letters because of {reason}." for reason in Reason},
 }

@@ -343,6 +343,12 @@ class KafkaOptions:
         return bool(self.topics.messages.enabled)
 
     @property
+    def writes_metrics(self) -> bool:
+        """mqtt.metrics is written; `[Kafka.Topics.Metrics] Enabled = false` turns it off, too."""
+        wanted = self.metrics.enabled and "kafka" in self.metrics.reporters
+        return wanted and self.topics.metrics.enabled is not False
+
+    @property
     def messages_topic(self) -> str:
         """Name of the public stream of messages."""
         return self.topics.messages.name or "mqtt.messages"
@@ -365,6 +371,8 @@ class KafkaOptions:
             found["Topics.Messages"] = self.messages_topic
         if topics.events.enabled:
             found["Topics.Events"] = topics.events.name or "mqtt.events"
+        if self.writes_metrics:
+            found["Topics.Metrics"] = topics.metrics.name or "mqtt.metrics"
         return found
 
     @property

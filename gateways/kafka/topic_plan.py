@@ -113,7 +113,7 @@ def is_used(purpose: str, options: KafkaOptions) -> bool:
     if purpose in ("bus", "retained"):
         return options.bus.enabled
     if purpose == "metrics":
-        return options.metrics.enabled
+        return options.writes_metrics
     if purpose == "messages":
         return options.has_stream
     return purpose == "dlq"  # archive topics come with their groups; nothing writes events yet

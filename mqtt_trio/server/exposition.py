@@ -54,6 +54,12 @@ class Exposition:
             else:
                 self.add(f"{name}_total", "counter", meaning, value, **labels, **more)
 
+    def samples(self) -> Iterator[tuple[str, Kind, str, dict[str, str], float]]:
+        """Yield name, kind, meaning, labels and value of each figure."""
+        for name, family in self._families.items():
+            for labels, value in family.samples.items():
+                yield name, family.kind, family.meaning, dict(labels), value
+
     def render(self) -> str:
         """Return the page."""
         return "".join(self._lines())

@@ -15,7 +15,18 @@ from gateways.kafka.poller import Began
 from gateways.kafka.records import ConsumedRecord, Record
 from mqtt_trio.archive.spool import Spool, inline, spool_path
 from mqtt_trio.errors import GatewayError, StartError
-from mqtt_trio.gateway import EventSink, FrameRun, LocalClient, Message, Newcomer, Parcel, ProtocolVersion, Spread, Tap
+from mqtt_trio.gateway import (
+    EventSink,
+    Figure,
+    FrameRun,
+    LocalClient,
+    Message,
+    Newcomer,
+    Parcel,
+    ProtocolVersion,
+    Spread,
+    Tap,
+)
 
 LATENCY = 0.001
 """Seconds between an offer and its confirmation."""
@@ -305,6 +316,9 @@ class FakeHost:
 
     def watch_events(self, sink: EventSink) -> None:
         self.sinks.append(sink)
+
+    def figures(self) -> Iterable[Figure]:
+        return ()
 
     def watch_clients(self, watcher: Callable[[Newcomer], None]) -> None:
         self.watchers.append(watcher)

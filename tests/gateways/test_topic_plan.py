@@ -64,7 +64,17 @@ def test_the_defaults_are_those_of_the_requirements() -> None:
         (KafkaOptions(), [], {"mqtt.dlq"}),
         (KafkaOptions(), [None, "mqtt.sensors"], {"mqtt.dlq", "mqtt.archive", "mqtt.sensors"}),
         (KafkaOptions(bus=BusOptions(enabled=True)), [], {"mqtt.dlq", "monster", "mqtt.retained"}),
-        (KafkaOptions(metrics=MetricsOptions(enabled=True)), [], {"mqtt.dlq", "mqtt.metrics"}),
+        (KafkaOptions(metrics=MetricsOptions(enabled=True, reporters=["kafka"])), [], {"mqtt.dlq", "mqtt.metrics"}),
+        (KafkaOptions(metrics=MetricsOptions(enabled=True, reporters=["log"])), [], {"mqtt.dlq"}),
+        (KafkaOptions(metrics=MetricsOptions(reporters=["kafka"])), [], {"mqtt.dlq"}),
+        (
+            KafkaOptions(
+                metrics=MetricsOptions(enabled=True, reporters=["kafka"]),
+                topics=TopicsOptions(metrics=TopicOptions(enabled=False)),
+            ),
+            [],
+            {"mqtt.dlq"},
+        ),
         (KafkaOptions(topics=TopicsOptions(dlq=TopicOptions(enabled=False))), [], set()),
         (
             KafkaOptions(

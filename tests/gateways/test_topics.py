@@ -32,7 +32,10 @@ from tests.kafka_support import KafkaNode, unique_name
 DAY = 24 * 3600 * 1000
 EVERYTHING = TopicsOptions(messages=MessagesOptions(enabled=True), events=TopicOptions(enabled=True))
 OPTIONS = KafkaOptions(
-    servers="kafka:9092", bus=BusOptions(enabled=True), metrics=MetricsOptions(enabled=True), topics=EVERYTHING
+    servers="kafka:9092",
+    bus=BusOptions(enabled=True),
+    metrics=MetricsOptions(enabled=True, reporters=["kafka"]),
+    topics=EVERYTHING,
 )
 """Every feature that has a topic is on."""
 PLANS = plan_topics(OPTIONS, [None])
@@ -179,6 +182,13 @@ async def test_a_topic_that_vanished_is_made_again() -> None:
         (
             {"topics": TopicsOptions(events=TopicOptions(enabled=True, name="mqtt.dlq"))},
             "Topics.Events and Topics.Dlq are the same topic, mqtt.dlq",
+        ),
+        (
+            {
+                "metrics": MetricsOptions(enabled=True, reporters=["kafka"]),
+                "topics": TopicsOptions(metrics=TopicOptions(name="mqtt.archive")),
+            },
+            "Topics.Metrics and Topics.Archive are",
         ),
         ({"profile": "fast"}, "profile"),
     ],

@@ -17,6 +17,7 @@ from kafka.errors import RetriableError
 
 from gateways.kafka.events_out import load_event_schema
 from gateways.kafka.mapping import load_schema
+from gateways.kafka.metrics_out import load_metrics_schema
 from mqtt_trio.__main__ import main
 from tests.interop.broker_process import Brokers
 from tests.interop.cluster import Cluster, committed_offsets, read_topic
@@ -44,6 +45,7 @@ class Stream:
     dlq: str = attrs.field(factory=lambda: unique_name("dlq"))
     group: str = attrs.field(factory=lambda: unique_name("group"))
     events: str = attrs.field(factory=lambda: unique_name("events"))
+    metrics: str = attrs.field(factory=lambda: unique_name("metrics"))
 
     def config(self, more: str = "Filter = []") -> str:
         """The configuration of a node; `more`: keys of [Kafka.Topics.Messages]."""
@@ -60,6 +62,12 @@ Name = "{self.dlq}"
 [Kafka.Topics.Events]
 Enabled = true
 Name = "{self.events}"
+[Kafka.Topics.Metrics]
+Name = "{self.metrics}"
+[Kafka.Metrics]
+Enabled = true
+Interval = "1s"
+Reporters = ["kafka"]
 """
         )
 
@@ -227,9 +235,29 @@ def test_what_clients_publish_is_in_the_stream_once_and_comes_back_to_nobody(
     for node in nodes:
         totals.update(node.counters())
     check_events(stream, topic)
+    check_metrics(stream, totals["kafka.metrics_written"])
     assert totals["kafka.stream_messages_written"] == 61
     assert totals["kafka.stream_records_own"] == 61
     assert totals["kafka.stream_messages_published"] == 1
+
+
+def check_metrics(stream: Stream, count: int) -> None:
+    """Each node has told its figures, with the lag of what it reads by partition."""
+    validator = Draft202012Validator(load_metrics_schema())
+    last: dict[str, dict[str, Any]] = {}
+    records = read_topic(stream.cluster.kafka, stream.metrics)
+    for record in records:
+        value = json.loads(record.value)
+        validator.validate(value)
+        last[record.key.decode()] = value
+    assert len(records) == count
+    assert last.keys() == {"node-a", "node-b"}
+    of_messages = set()
+    for node_id, value in last.items():
+        assert value["brokerId"] == node_id
+        lags = [one["labels"] for one in value["gauges"] if one["name"] == "mqtt_trio_kafka_records_lag"]
+        of_messages |= {int(one["partition"]) for one in lags if one["topic"] == stream.messages}
+    assert of_messages == set(range(PARTITIONS))
 
 
 def check_events(stream: Stream, topic: str) -> None:
