@@ -166,6 +166,9 @@ async def test_a_failing_consumer_is_replaced_and_goes_on_where_it_was(caplog: p
             reading.faults.append(RuntimeError("lost"))
             reading.kafka["live", 0] += [b"%d-%d" % (number, i) for i in range(10)]
             await reading.until(10 * number + 10)
+        with trio.fail_after(LIMIT):
+            while bridge.counters()["records_received"] < 30:  # noqa: ASYNC110  the thread counts what it has handed over
+                await trio.sleep(0.001)
         nursery.cancel_scope.cancel()
     assert reading.values() == reading.kafka["live", 0]
     assert [record.offset for records in reading.lists for record in records] == list(range(30))
