@@ -116,7 +116,7 @@ def is_used(purpose: str, options: KafkaOptions) -> bool:
         return options.writes_metrics
     if purpose == "messages":
         return options.has_stream
-    return purpose == "dlq"  # archive topics come with their groups; nothing writes events yet
+    return purpose == "dlq"  # archive topics come with their groups
 
 
 def plan_for(purpose: str, options: TopicOptions, name: str | None = None) -> TopicPlan:
