@@ -327,7 +327,7 @@ class Bus:
     def _tell_unconfirmed(self) -> None:
         """Say how much of what is on no disk Kafka had not confirmed: it may have some of it."""
         unconfirmed = {
-            "messages": self.sender.unconfirmed + self.outbox.unconfirmed,
+            "messages": self.sender.unconfirmed + self.outbox.unconfirmed + self.outbox.give_up(),
             "retained messages": self.retained.unconfirmed,
         }
         self.sender.unconfirmed = self.outbox.unconfirmed = self.retained.unconfirmed = 0

@@ -472,6 +472,14 @@ class BusOutbox:
         kept = all(outgoing.number or outgoing.spool_end is not None for outgoing in self._flights)
         return not self._flights or (self.trouble() is not None and kept)
 
+    def give_up(self) -> int:
+        """Forget what neither Kafka nor a disk has, such as what a full spool had no room for, since the process ends;
+        return how many messages that is."""
+        left = sum(each.messages for each in (*self._queue, *self._early) if not (each.number or each.over))
+        self._queue.clear()
+        self._early.clear()
+        return left
+
     async def stop(self) -> None:
         """Close the spool. Bounded by the caller's cancel scope."""
         if self.spool is not None:
