@@ -79,12 +79,11 @@ class Bus:
         self.settings = settings
         self.host = host
         self.dead_letters = dead_letters or DeadLetters()
-        self.window = BusWindow(
-            settings.window_messages,
-            settings.window_bytes,
-            stop=partial(host.stop_publishers, self),
-            resume=partial(host.resume_publishers, self),
-        )
+        stop, resume = partial(host.stop_publishers, self), partial(host.resume_publishers, self)
+        self.window = BusWindow(settings.window_messages, settings.window_bytes, stop=stop, resume=resume)
+        """Of messages at QoS 1 and 2, and of what is retained."""
+        self.window_qos0 = BusWindow(settings.window_messages, settings.window_bytes, stop=stop, resume=resume)
+        """Apart, because QoS 0 waits in it for a whole outage: nobody at QoS 1 and 2 is to wait behind that."""
         self._facts = facts
         self._producer = producer
         self.positions = Positions(settings.topic, host.instance_id, host.marks, age=settings.checkpoint_age, utc=utc)
@@ -102,7 +101,7 @@ class Bus:
         self._local = local = host.local_client("bus")
         self.outbox = BusOutbox(settings, host, local, producer.offer, self.window)
         self.sender = BusSender(
-            settings, host, producer.offer, self.window, self.outbox, dead_letters=self.dead_letters
+            settings, host, producer.offer, self.window_qos0, self.outbox, dead_letters=self.dead_letters
         )
         self.sender.retain = self._retain
         self._consumer.room = partial(wait_for_room, local)  # Kafka keeps it for longer than this node has memory for
@@ -138,7 +137,8 @@ class Bus:
 
     def _retain(self, message: Message) -> None:
         """Write a message with RETAIN 1 to mqtt.retained as well."""
-        if message.qos == 0 and self.window.full and not self.retained.waits(message.topic_name):
+        full = self.window.full or self.window_qos0.full
+        if message.qos == 0 and full and not self.retained.waits(message.topic_name):
             self.retained.dropped += 1
             return
         self.retained.take(message)
@@ -347,13 +347,13 @@ class Bus:
 
     def counters(self) -> dict[str, int]:
         """Counters by name; what waits or is on its way is a gauge."""
-        window, sender, outbox, inbox = self.window, self.sender, self.outbox, self.inbox
+        window, qos0, sender, outbox, inbox = self.window, self.window_qos0, self.sender, self.outbox, self.inbox
         return {
             "bus_messages_sent": sender.sent_messages + outbox.sent_messages,
             "bus_records_sent": sender.sent_records + outbox.sent_records,
-            "bus_messages_waiting": window.messages,
-            "bus_bytes_waiting": window.size,
-            "bus_messages_dropped": window.dropped,
+            "bus_messages_waiting": window.messages + qos0.messages,
+            "bus_bytes_waiting": window.size + qos0.size,
+            "bus_messages_dropped": qos0.dropped,
             "bus_messages_held": window.held,
             "bus_messages_refused": window.refused,
             "bus_messages_failed": sender.failed_messages + outbox.failed_messages,

@@ -78,7 +78,7 @@ class BusOutbox:
         self._host = host
         self._local = local
         self._offer = offer
-        self._window = window
+        self.window = window
         self._open = self._running = False
         self._handed: dict[int, list[Item]] = {}
         self._early: deque[Outgoing] = deque()  # taken before anything may leave
@@ -110,7 +110,7 @@ class BusOutbox:
     def hand_over(self, partition: int, item: bytes) -> None:
         """Take a message at QoS 1 or 2 that is passed on: where the node has a store it is noted in the batch that is
         being filled, whatever `Ack` says, because there it is taken out of a queue or behind a position."""
-        self._window.add(1, RUN_OVERHEAD + len(item))
+        self.window.add(1, RUN_OVERHEAD + len(item))
         self._handed.setdefault(partition, []).append(item)
 
     def ship_handed(self) -> None:
@@ -221,7 +221,7 @@ class BusOutbox:
             outgoing.number = 0
         if outgoing.counted:
             outgoing.counted = False
-            self._window.settle(outgoing.messages, outgoing.size)
+            self.window.settle(outgoing.messages, outgoing.size)
         if outgoing.aside:
             outgoing.aside = False
             self._aside_messages -= outgoing.messages
@@ -247,7 +247,7 @@ class BusOutbox:
             for hold in self.slot_holds():
                 self.rejected += refused is not None and not hold.released
                 hold.release(refused)
-        self._window.release_all()
+        self.window.release_all()
 
     def _answer_in_outage(self, outgoing: Outgoing) -> None:
         """What is on disk is acknowledged: the next process knows of it. The rest may be at Kafka, or not."""
@@ -355,7 +355,7 @@ class BusOutbox:
         """Give back the room of what was on its way when the outage was noticed, since that may be the whole window,
         and would hold up what comes until Kafka is back. Memory holds it still: at most HARD windows are put aside."""
         messages, size = self._aside_messages + outgoing.messages, self._aside_size + outgoing.size
-        window = self._window
+        window = self.window
         if outgoing.counted and messages <= HARD * window.max_messages and size <= HARD * window.max_size:
             outgoing.counted, outgoing.aside = False, True
             self._aside_messages, self._aside_size = messages, size
@@ -378,7 +378,7 @@ class BusOutbox:
                 nursery.start_soon(self._watch_deadlines)
             old, self._old = self._old, []
             for outgoing in old:
-                self._window.add(outgoing.messages, outgoing.size)
+                self.window.add(outgoing.messages, outgoing.size)
                 self.resumed += outgoing.messages
                 self.dispatch(outgoing)
             self._host.note(self.marks)
@@ -461,6 +461,8 @@ class BusOutbox:
     async def finish(self, waits: Callable[[], bool]) -> None:
         """Wait until Kafka has everything, or, while it is away, the disk; where nothing is kept on disk, at once.
         `waits`: something is still in the slots. Bounded by the caller's cancel scope."""
+        if self.spool is not None:
+            self.spool.take_all()
         while (self.notes or self.spool is not None) and (waits() or not self.is_safe):
             await self._movement()
 

@@ -132,7 +132,7 @@ class SureItems:
     def __init__(self, sender: BusSender) -> None:
         self._sender = sender
         self._outbox = sender.outbox
-        self._window = sender.window
+        self._window = sender.outbox.window
         self.items: list[Item] = []
         self.holds: list[Hold] = []
         """One for each item up to the last that somebody waits for, or none."""

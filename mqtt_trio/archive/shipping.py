@@ -179,6 +179,8 @@ class Shipper:
         self.taken.set()
         self._hurry.set()
         self._moved.set()
+        if self.spool is not None:
+            self.spool.take_all()
         while not self._is_over():
             await self._movement()
         if self.spool is not None:

@@ -119,8 +119,8 @@ class Spool:
         `fits` again.
       end, durable, acknowledged, unread: positions, see above.
       failing: why the disk takes nothing at present, None when it does.
-      max_bytes: what the segments on disk take at most, damaged ones that were set aside not counted. An item larger
-        than that never fits.
+      max_bytes: what the segments on disk take at most, damaged ones that were set aside not counted, and what
+        `take_all` lets in. An item larger than that never fits.
       commits, failures: how often the disk took something, and how often not.
       lost: messages that were on disk and could not be read back.
     """
@@ -147,7 +147,7 @@ class Spool:
         self._write_at = self._read_at = 0.0  # not before these instants
         self._delay = FIRST_RETRY
         self._work, self._progress, self._ended = trio.Event(), trio.Event(), trio.Event()
-        self._runs = self._closing = self._abandoned = False
+        self._runs = self._closing = self._abandoned = self._takes_all = False
         self._lock = threading.Lock()
         self._busy = False  # the thread is at work
 
@@ -155,9 +155,16 @@ class Spool:
 
     def fits(self, size: int) -> bool:
         """Whether an item of `size` bytes may be appended now."""
+        if self.failing is not None or self._tail_size >= PENDING_BYTES:
+            return False
         size += RECORD.size + self._tail_size
-        room = self.max_bytes - self._disk_size - 2 * SEGMENT.size
-        return self.failing is None and size <= room and self._tail_size < PENDING_BYTES
+        return self._takes_all or size <= self.max_bytes - self._disk_size - 2 * SEGMENT.size
+
+    def take_all(self) -> None:
+        """The process is about to end: take what its owner still has in memory beyond `max_bytes` as well. The owner's
+        window bounds that, and the next process appends nothing before it has made room."""
+        self._takes_all = True
+        self.changed()
 
     def append(self, data: bytes, messages: int = 1, *, read: bool = False) -> None:
         """Put `data`, which stands for `messages` messages, behind everything else. Never blocks and never refuses: the
