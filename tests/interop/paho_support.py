@@ -243,6 +243,7 @@ class PahoClient:
         """Send DISCONNECT if there is a connection, end the thread."""
         self.client.disconnect()
         self.client.loop_stop()
+        self.client._reset_sockets()  # it keeps a pair of them until it is collected, in an order that nobody knows
 
 
 def wait_until_expired(broker: BrokerProcess, topic: str) -> None:
