@@ -6,6 +6,7 @@ import json
 import re
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from typing import Any, Final
 
 import pytest
@@ -53,7 +54,11 @@ Store = "KAFKA"
 Ack = "store"
 KafkaTopic = "{archive}"
 """
-    return brokers.start(config, node_id="outside")
+    started = brokers.start(config, node_id="outside")
+    with closing(KafkaConsumer(bootstrap_servers=kafka.servers)) as consumer:
+        # The node may be making the topic still, and who joins a group before there is one may stay without a share.
+        wait_until(lambda: consumer.partitions_for_topic(archive), "the topic", limit=30)
+    return started
 
 
 def publish(node: BrokerProcess, *, start: int = 0) -> None:
