@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import attrs
 
@@ -17,6 +17,10 @@ from mqtt_trio.archive.store import Entry, NotEmptyError, Progress
 from mqtt_trio.broker.message import Message
 from mqtt_trio.errors import StoreError
 from mqtt_trio.protocol.topics import topic_matches
+
+LOOKS: Final = 20
+LOOK_PAUSE: Final = 0.05
+"""Seconds between two looks whether somebody has the file open."""
 
 
 def encode_progress(progress: Progress) -> str:
@@ -89,17 +93,24 @@ class HistoryTarget:
         return self._progress
 
     def _refuse_shared_file(self) -> None:
-        """SQLite leaves the mode with a log only where nobody else has the file open."""
+        """Look whether a broker has the file open. Whoever merely reads a few rows is waited for."""
         with self._errors("cannot be opened"):
-            with closing(sqlite3.connect(self.path, timeout=1.0, isolation_level=None)) as db:
-                try:
-                    (mode,) = db.execute("PRAGMA journal_mode = DELETE").fetchone()
-                except sqlite3.OperationalError as exc:
-                    if "locked" not in str(exc):
-                        raise
-                    mode = "locked"
-            if mode != "delete":
-                raise StoreError(f"archive store {self.path} is in use: end the broker, or whoever has it open")
+            for _ in range(LOOKS):
+                if self._is_alone():
+                    return
+                time.sleep(LOOK_PAUSE)
+            raise StoreError(f"archive store {self.path} is in use: end the broker, or whoever has it open")
+
+    def _is_alone(self) -> bool:
+        """SQLite leaves the mode with a log only where nobody else has the file open, and does not wait for that."""
+        with closing(sqlite3.connect(self.path, timeout=1.0, isolation_level=None)) as db:
+            try:
+                (mode,) = db.execute("PRAGMA journal_mode = DELETE").fetchone()
+            except sqlite3.OperationalError as exc:
+                if "locked" not in str(exc):
+                    raise
+                return False
+            return bool(mode == "delete")
 
     def begin(self, progress: Progress) -> None:
         """See `RebuildTarget.begin`."""
