@@ -242,7 +242,8 @@ class PahoClient:
     def close(self) -> None:
         """Send DISCONNECT if there is a connection, end the thread."""
         self.client.disconnect()
-        self.client.loop_stop()
+        with suppress(AttributeError):  # paho looks twice at a thread that ends by itself meanwhile
+            self.client.loop_stop()
         self.client._reset_sockets()  # it keeps a pair of them until it is collected, in an order that nobody knows
 
 

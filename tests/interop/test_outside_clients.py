@@ -6,7 +6,6 @@ import json
 import re
 import threading
 from collections.abc import Iterator
-from contextlib import closing
 from typing import Any, Final
 
 import pytest
@@ -54,11 +53,7 @@ Store = "KAFKA"
 Ack = "store"
 KafkaTopic = "{archive}"
 """
-    started = brokers.start(config, node_id="outside")
-    with closing(KafkaConsumer(bootstrap_servers=kafka.servers)) as consumer:
-        # The node may be making the topic still, and who joins a group before there is one may stay without a share.
-        wait_until(lambda: consumer.partitions_for_topic(archive), "the topic", limit=30)
-    return started
+    return brokers.start(config, node_id="outside")
 
 
 def publish(node: BrokerProcess, *, start: int = 0) -> None:
@@ -74,16 +69,18 @@ def first(messages: Iterator[Any], count: int) -> list[Any]:
 
 
 def test_a_plain_consumer_iterates_over_decoded_values(kafka: KafkaNode, node: BrokerProcess, archive: str) -> None:
-    """Topic as an argument, a deserializer, a group, the defaults for all else, and a loop over the consumer."""
+    """A deserializer, a group, the defaults for all else, and a loop over the consumer."""
     group = unique_name("python-consumer")
     consumer = KafkaConsumer(
-        archive,
         bootstrap_servers=[kafka.servers],
         value_deserializer=lambda raw: json.loads(raw.decode("utf-8")),
         group_id=group,
     )
     values: list[dict[str, Any]] = []
     try:
+        # A member that joins before it has heard of the topic may stay without a share.
+        wait_until(lambda: consumer.partitions_for_topic(archive), "the topic", limit=30)
+        consumer.subscribe([archive])
         wait_until(lambda: (consumer.poll(50), len(consumer.assignment()) == PARTITIONS)[1], "partitions")
         for partition in consumer.assignment():  # it begins at the end, which is known now
             consumer.position(partition, timeout_ms=10_000)
