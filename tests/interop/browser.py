@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import pytest
 
-from tests.interop.lines import LineProcess, require_tool
+from tests.lines import LineProcess, require_tool
 
 FOLDER: Final = Path(__file__).resolve().parent.parent / "browser"
 BUNDLES: Final = {

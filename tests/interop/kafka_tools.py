@@ -15,7 +15,7 @@ from typing import Final
 
 from lib.kafka_install import DEPENDENCY_PLUGIN, KAFKA_VERSION, LOG4J, QUICK_JVM, java
 from lib.kafka_process import locked
-from tests.interop.lines import require_tool
+from tests.lines import require_tool
 
 LIMIT: Final = 120.0
 """Seconds for one command: a Java program starts on a busy machine."""

@@ -11,7 +11,7 @@ from typing import Final
 
 import attrs
 
-from tests.interop.lines import LIMIT, LineProcess, require_tool
+from tests.lines import LIMIT, LineProcess, require_tool
 
 MARK: Final = "message "
 FORMAT: Final = MARK + "%r %q %t %x"

@@ -22,7 +22,7 @@ from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from tests.interop.broker_process import BrokerProcess
-from tests.interop.lines import LIMIT, wait_until
+from tests.lines import LIMIT, wait_until
 
 V31: Final = MQTTProtocolVersion.MQTTv31
 V311: Final = MQTTProtocolVersion.MQTTv311

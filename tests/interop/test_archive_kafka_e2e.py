@@ -20,10 +20,10 @@ from kafka.partitioner.default import murmur2
 
 from tests.interop.broker_process import ROOT, BrokerProcess, Brokers
 from tests.interop.cluster import read_topic
-from tests.interop.lines import LIMIT, require_tool, wait_until
 from tests.interop.mosquitto import publish
 from tests.interop.paho_support import V311, Heard, PahoClient
 from tests.kafka_support import KafkaNode, unique_name
+from tests.lines import LIMIT, require_tool, wait_until
 
 pytestmark = [pytest.mark.interop, pytest.mark.kafka]
 

@@ -21,7 +21,7 @@ from tests.interop.kept_clients import (
     leave_session,
     payload,
 )
-from tests.interop.lines import require_tool
+from tests.lines import require_tool
 
 pytestmark = [pytest.mark.interop, pytest.mark.usefixtures("streams")]
 

@@ -12,7 +12,7 @@ import pytest
 from tests.certificates import Certificates
 from tests.interop.broker_process import BrokerProcess, Brokers
 from tests.interop.frozen import RECEIVE_BUFFER, TOPIC, Kind, Member, measure
-from tests.interop.lines import wait_until
+from tests.lines import wait_until
 
 pytestmark = [pytest.mark.interop, pytest.mark.alone]
 

@@ -13,9 +13,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.interop.broker_process import BrokerProcess, Brokers
 from tests.interop.cluster import Cluster
-from tests.interop.lines import wait_until
 from tests.interop.paho_support import PahoClient
 from tests.kafka_support import KafkaNode, unique_name
+from tests.lines import wait_until
 
 pytestmark = [pytest.mark.kafka, pytest.mark.interop]
 

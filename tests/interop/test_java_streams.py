@@ -22,10 +22,10 @@ from lib.kafka_install import DEPENDENCY_PLUGIN, QUICK_JVM, java
 from lib.kafka_process import locked
 from tests.interop.broker_process import Brokers
 from tests.interop.cluster import read_topic
-from tests.interop.lines import LineProcess, require_tool, wait_until
 from tests.interop.paho_support import PahoClient
 from tests.interop.sensors import SKIPPED, Readings, aggregates_of, anomalies_of, make_readings, write
 from tests.kafka_support import KafkaNode, unique_name
+from tests.lines import LineProcess, require_tool, wait_until
 
 pytestmark = [pytest.mark.java, pytest.mark.interop, pytest.mark.kafka, pytest.mark.timeout(600)]
 PROJECTS: Final = Path(__file__).parent / "java"

@@ -19,11 +19,11 @@ import pytest
 
 from tests.interop.broker_process import BrokerProcess, Brokers
 from tests.interop.cluster import Cluster, read_topic, warnings_of
-from tests.interop.lines import wait_until
 from tests.interop.load import NumberedPublisher, number_of
 from tests.interop.mosquitto import END
 from tests.interop.paho_support import V311, Heard, PahoClient
 from tests.kafka_support import KafkaNode
+from tests.lines import wait_until
 
 pytestmark = [pytest.mark.interop, pytest.mark.kafka, pytest.mark.timeout(300)]
 

@@ -21,9 +21,9 @@ from gateways.kafka.metrics_out import load_metrics_schema
 from mqtt_trio.__main__ import main
 from tests.interop.broker_process import Brokers
 from tests.interop.cluster import Cluster, committed_offsets, read_topic
-from tests.interop.lines import wait_until
 from tests.interop.paho_support import Heard, PahoClient, retained_at
 from tests.kafka_support import KafkaNode, unique_name
+from tests.lines import wait_until
 
 pytestmark = [
     pytest.mark.interop,

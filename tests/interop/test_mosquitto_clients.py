@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from tests.interop.broker_process import BrokerProcess
-from tests.interop.lines import LineProcess, require_tool
 from tests.interop.mosquitto import END, MARK, Received, Subscriber, publish, publish_lines
 from tests.interop.paho_support import wait_until_expired
+from tests.lines import LineProcess, require_tool
 
 pytestmark = pytest.mark.interop
 

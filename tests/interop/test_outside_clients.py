@@ -17,9 +17,9 @@ from gateways.kafka.groups import MESSAGES_GROUP
 from tests.interop.broker_process import BrokerProcess, Brokers
 from tests.interop.cluster import committed_offsets
 from tests.interop.kafka_tools import rows, run_tool
-from tests.interop.lines import LIMIT, wait_until
 from tests.interop.paho_support import PahoClient
 from tests.kafka_support import KafkaNode, unique_name
+from tests.lines import LIMIT, wait_until
 
 pytestmark = [
     pytest.mark.interop,

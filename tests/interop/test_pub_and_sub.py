@@ -13,7 +13,7 @@ import pytest
 
 from tests.interop import mosquitto
 from tests.interop.broker_process import ROOT, BrokerProcess
-from tests.interop.lines import LIMIT, LineProcess, require_tool
+from tests.lines import LIMIT, LineProcess, require_tool
 
 pytestmark = pytest.mark.interop
 OURS = [sys.executable, "-m", "mqtt_trio"]

@@ -10,10 +10,10 @@ import pytest
 
 from mqtt_trio.archive.sqlite import archive_path
 from tests.interop.broker_process import Brokers
-from tests.interop.lines import LIMIT
 from tests.interop.mosquitto import publish
 from tests.interop.paho_support import PahoClient
 from tests.kafka_support import KafkaNode, unique_name
+from tests.lines import LIMIT
 from tests.rebuild_support import command, environment, retained_of, rows_of
 
 pytestmark = [pytest.mark.interop, pytest.mark.kafka]

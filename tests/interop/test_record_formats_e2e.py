@@ -28,9 +28,9 @@ from lib.registry_install import install_avro
 from tests.gateways.fake_registry import FakeRegistry, serve_registry
 from tests.interop.broker_process import Brokers
 from tests.interop.cluster import read_topic
-from tests.interop.lines import wait_until
 from tests.interop.paho_support import V311, Heard, PahoClient
 from tests.kafka_support import KafkaNode, unique_name
+from tests.lines import wait_until
 from tests.registry_support import RegistryServer
 
 pytestmark = [pytest.mark.interop, pytest.mark.kafka, pytest.mark.timeout(240)]

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from kafka import KafkaConsumer, TopicPartition
 
-from tests.interop.lines import LIMIT, LineProcess, wait_until
 from tests.interop.sensors import SKIPPED, aggregates_of, anomalies_of, make_readings, write
 from tests.kafka_support import KafkaNode, unique_name
+from tests.lines import LIMIT, LineProcess, wait_until
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "sensor_streams.py"
 

@@ -10,9 +10,9 @@ import pytest
 
 from tests.interop.broker_process import Brokers
 from tests.interop.cluster import Cluster
-from tests.interop.lines import wait_until
 from tests.interop.paho_support import V5, V31, V311, PahoClient
 from tests.kafka_support import KafkaNode
+from tests.lines import wait_until
 
 pytestmark = [pytest.mark.interop, pytest.mark.kafka]
 

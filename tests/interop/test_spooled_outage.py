@@ -21,8 +21,8 @@ from mqtt_trio.testing import ConnectionEndedError
 from tests.interop.broker_process import BrokerProcess, Brokers
 from tests.interop.cluster import read_topic
 from tests.interop.kept_clients import V311, connect
-from tests.interop.lines import wait_until
 from tests.kafka_support import KafkaNode, unique_name
+from tests.lines import wait_until
 
 pytestmark = [pytest.mark.interop, pytest.mark.kafka, pytest.mark.timeout(240)]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.interop.broker_process import BrokerProcess, Brokers
-from tests.interop.lines import LineProcess, require_tool
+from tests.lines import LineProcess, require_tool
 
 pytestmark = pytest.mark.interop
 

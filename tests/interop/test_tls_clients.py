@@ -10,8 +10,8 @@ import pytest
 
 from tests.certificates import Certificates, Pair
 from tests.interop.broker_process import BrokerProcess, brokers_in
-from tests.interop.lines import LIMIT, require_tool
 from tests.interop.mosquitto import Received, Subscriber, publish
+from tests.lines import LIMIT, require_tool
 
 pytestmark = pytest.mark.interop
 

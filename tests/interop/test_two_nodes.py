@@ -12,10 +12,10 @@ from paho.mqtt.enums import MQTTProtocolVersion
 
 from tests.interop.broker_process import BrokerProcess, Brokers
 from tests.interop.cluster import Cluster, committed_offsets, warnings_of
-from tests.interop.lines import wait_until
 from tests.interop.mosquitto import END, Received, Subscriber, publish
 from tests.interop.paho_support import V5, V31, V311, Heard, PahoClient, retained_at
 from tests.kafka_support import KafkaNode
+from tests.lines import wait_until
 
 pytestmark = [pytest.mark.interop, pytest.mark.kafka]
 

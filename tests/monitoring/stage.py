@@ -29,8 +29,8 @@ from mqtt_trio.protocol.codes import ProtocolVersion
 from mqtt_trio.protocol.packets import ConnAck, Connect
 from mqtt_trio.testing import TestClient
 from tests.http_support import fetch
-from tests.interop.lines import require_tool
 from tests.ledger.server import free_port
+from tests.lines import require_tool
 from tests.monitoring.rules import RULES, without_delay
 
 LIMIT: Final = 90.0
