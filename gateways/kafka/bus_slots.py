@@ -56,16 +56,18 @@ class Slot:
 
     def take_run(self, run: FrameRun) -> Answer:
         """Take a run of frames from the fast lane."""
-        window = self._window
         size = len(run.frames) + RUN_OVERHEAD
-        if run.qos:
-            return self.sure.take(run, size)
+        return self.sure.take(run, size) if run.qos else self._add(run, run.count, size)
+
+    def _add(self, item: Item, count: int, size: int) -> Answer:
+        """Take so many messages at QoS 0, while there is room."""
+        window = self._window
         if window.messages >= window.max_messages or window.size >= window.max_size:
-            return window.beyond(0, run.count, size)
-        window.messages += run.count
+            return window.beyond(0, count, size)
+        window.messages += count
         window.size += size
-        self.items.append(run)
-        self.messages += run.count
+        self.items.append(item)
+        self.messages += count
         self.size += size
         if self.size >= RECORD_SIZE:
             self._sender.ship(self)
@@ -93,21 +95,8 @@ class Slot:
 
     def take_packed(self, item: bytes, count: int, qos: int) -> Answer:
         """Take an item of so many messages; one at QoS 1 and 2."""
-        window = self._window
         size = len(item) + RUN_OVERHEAD
-        if qos:
-            return self.sure.take(item, size)
-        if window.full:
-            return window.beyond(0, count, size)
-        window.add(count, size)
-        self.items.append(item)
-        self.messages += count
-        self.size += size
-        if self.size >= RECORD_SIZE:
-            self._sender.ship(self)
-        elif not self._sender.armed:
-            self._sender.arm()
-        return None
+        return self.sure.take(item, size) if qos else self._add(item, count, size)
 
     def will_take(self, qos: int) -> bool:
         """Say whether other nodes may get a message of this QoS that comes now."""
