@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TypeAlias, TypeVar
 
 import attrs
@@ -137,6 +137,11 @@ class Cluster:
         with self._lock:
             return next(iter(self._away.values()), None)
 
+    def reason_but_for(self, parts: Collection[str]) -> str | None:
+        """Return why anything but `parts` cannot work with Kafka; None: it can."""
+        with self._lock:
+            return next((reason for part, reason in self._away.items() if part not in parts), None)
+
     def away_for(self, part: str) -> str | None:
         """Return why `part` cannot work with Kafka at the moment; None: it can, as far as is known."""
         return self._away.get(part)
@@ -154,7 +159,8 @@ class Cluster:
             self._said = {reason} if first else {*self._said, reason} if news else self._said
         servers = ", ".join(self.servers)
         if first:
-            log.warning("Kafka at %s is away for %s: %s. MQTT goes on; trying until it is back", servers, part, reason)
+            text = reason if reason.endswith((".", "?")) else f"{reason}."
+            log.warning("Kafka at %s is away for %s: %s MQTT goes on; trying until it is back", servers, part, text)
         elif news:
             log.warning("Kafka at %s is still away for %s: %s", servers, part, reason)
         self._tell()

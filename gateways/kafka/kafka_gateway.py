@@ -42,6 +42,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("gateways.kafka")
 
+REPORTERS: Final = frozenset(("dlq", "events", "metrics"))
+"""Producers that no client relies on."""
+
 START_PATIENCE: Final = 5.0
 """Seconds that a node without the bus waits for a first answer about the topics before its listeners open."""
 
@@ -247,7 +250,7 @@ class KafkaGateway:
             topics[self.options.messages_topic] = None
         if not topics:
             return []
-        if (reason := self.cluster.reason) is not None:
+        if (reason := self.cluster.reason_but_for(REPORTERS)) is not None:
             return [f"Kafka at {', '.join(self.cluster.servers)} is away: {reason}"]
         reasons = list(dict.fromkeys(text for store in self._stores if (text := store.unprepared) is not None))
         for topic in topics:

@@ -46,6 +46,24 @@ def test_the_bus_misses_its_topics() -> None:
     assert gateway.unready() == [f"Kafka topic {t} is missing or without a leader" for t in ("b", "mqtt.retained")]
 
 
+@pytest.mark.parametrize("reporter", ["dlq", "events", "metrics"])
+def test_what_reports_and_serves_no_client_is_not_missed(reporter: str) -> None:
+    gateway = KafkaGateway(KafkaOptions(servers=KAFKA))
+    gateway.archive_store("own", "Sensors")
+    gateway.cluster.know("own", TopicFacts(partitions=1))
+    gateway.cluster.away(reporter, "TopicAuthorizationFailedError")
+    assert gateway.unready() == []
+    gateway.cluster.away("archive", "no confirmation")
+    assert gateway.unready() == [f"Kafka at {KAFKA} is away: no confirmation"]
+
+
+def test_a_reason_that_asks_something_ends_with_its_question_mark(caplog: pytest.LogCaptureFixture) -> None:
+    Cluster(["k"]).away("bus", "k refuses connections; is this its port?")
+    assert caplog.messages == [
+        "Kafka at k is away for bus: k refuses connections; is this its port? MQTT goes on; trying until it is back"
+    ]
+
+
 def counters_in(path: Path) -> Iterator[str]:
     """Yield the keys of the tables that functions named `counters` make."""
     for function in ast.walk(ast.parse(path.read_text())):
