@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import struct
-from importlib.resources import files
 from io import BytesIO
 from typing import Any, Final
 
 import fastavro
 
 from gateways.kafka.mapping import RecordMapper
+from gateways.kafka.schema_files import load_schema
 from mqtt_trio.gateway import Message
 
 MAGIC: Final = 0
@@ -30,17 +30,10 @@ class AvroError(Exception):
 
 def schema_text() -> str:
     """Return the schema as it is registered: white space apart, what the package data hold."""
-    return json.dumps(load_avro_schema(), separators=(",", ":"))
+    return json.dumps(load_schema("mqtt_message.avsc"), separators=(",", ":"))
 
 
-def load_avro_schema() -> dict[str, Any]:
-    """Return the Avro schema of a value."""
-    text = (files("gateways.kafka") / "schemas" / "mqtt_message.avsc").read_text("utf-8")
-    schema: dict[str, Any] = json.loads(text)
-    return schema
-
-
-SCHEMA: Final = fastavro.parse_schema(load_avro_schema())
+SCHEMA: Final = fastavro.parse_schema(load_schema("mqtt_message.avsc"))
 
 
 class AvroMapper(RecordMapper):
@@ -117,7 +110,7 @@ def parse_writer(text: str) -> Any:
     """
     try:
         table = json.loads(text)
-        if table == load_avro_schema():
+        if table == load_schema("mqtt_message.avsc"):
             return SCHEMA
         if not _is_flat(table):
             raise AvroError("its schema is no record of plain fields")

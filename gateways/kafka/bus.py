@@ -33,6 +33,7 @@ from gateways.kafka.node_facts import NodeFacts, encode_facts
 from gateways.kafka.nodes import Nodes
 from gateways.kafka.records import ConsumedRecord, Reason
 from gateways.kafka.retained import Retained
+from gateways.kafka.thread_counters import thread_counters
 from mqtt_trio.errors import StartError
 from mqtt_trio.gateway import GatewayHost, Message, Rank, TapRoute, wait_for_room, wait_until_kept
 
@@ -51,8 +52,6 @@ NOTE_INTERVAL: Final = 1.0
 NOTE_RECORDS: Final = 100
 IDLE_NOTE_INTERVAL: Final = 5.0
 """They are when so many records have come, or some within this time."""
-OF_THREADS: Final = frozenset(("records_resent", "rebuilds", "threads_left", "threads_hung"))
-"""Counters of the bridges that the bus does not keep itself."""
 CONFLICT_GRACE: Final = 3.0
 """Seconds that a node which has to give way takes to ship what it holds."""
 
@@ -364,6 +363,6 @@ class Bus:
             **self.shares.counters(),
             **inbox.counters(),
             **self.retained.counters(),
-            **{f"bus_producer_{name}": n for name, n in self._producer.counters().items() if name in OF_THREADS},
-            **{f"bus_consumer_{name}": n for name, n in self._consumer.counters().items() if name in OF_THREADS},
+            **thread_counters("bus_producer", self._producer.counters()),
+            **thread_counters("bus_consumer", self._consumer.counters()),
         }

@@ -7,6 +7,7 @@ from typing import Final
 
 import trio
 
+from gateways.kafka.bridge import ProducerBridge
 from gateways.kafka.cluster import Cluster
 
 TOPICS: Final = "topics"
@@ -39,3 +40,12 @@ def trouble_of(cluster: Cluster, part: str, topic: str) -> str | None:
         found = cluster.trouble(topic)
         trouble = found.text if found is not None else cluster.away_for(TOPICS)
     return trouble
+
+
+async def stop_unless_away(cluster: Cluster, producer: ProducerBridge) -> None:
+    """Close a producer, once Kafka has what it holds; while Kafka is away nobody waits for that. Bounded by the
+    caller's cancel scope."""
+    with trio.CancelScope() as scope:
+        if cluster.is_away:
+            scope.cancel()
+        await producer.stop()

@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import enum
 import hashlib
-import json
 import struct
 from base64 import b64encode
 from collections.abc import Sequence
-from importlib.resources import files
 from typing import Any, Final, TypeAlias
 
 import attrs
@@ -285,10 +283,3 @@ def clean_text(text: str) -> str:
     """Return an error's text as one bounded line that JSON can hold."""
     line = " ".join(text.encode(errors="backslashreplace").decode().split())
     return line if len(line) <= LONGEST_ERROR else line[: LONGEST_ERROR - 1] + "…"
-
-
-def load_dlq_schema() -> dict[str, Any]:
-    """Return the JSON Schema that the value of every dead letter validates against."""
-    text = (files("gateways.kafka") / "schemas" / "mqtt_dlq.schema.json").read_text("utf-8")
-    schema: dict[str, Any] = json.loads(text)
-    return schema

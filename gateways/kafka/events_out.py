@@ -5,22 +5,20 @@ Events wait for Kafka in a window, also while it is away; beyond it they are dro
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
-from importlib.resources import files
 from typing import Any, Final
 
 import orjson
 import trio
 
 from gateways.kafka.bridge import ProducerBridge
-from gateways.kafka.bus import OF_THREADS
 from gateways.kafka.cluster import Cluster
-from gateways.kafka.cluster_watch import follow
+from gateways.kafka.cluster_watch import follow, stop_unless_away
 from gateways.kafka.dlq import clean_text, iso_time
 from gateways.kafka.options import KafkaOptions
 from gateways.kafka.records import Record
+from gateways.kafka.thread_counters import thread_counters
 from mqtt_trio.gateway import (
     ClientConnected,
     ClientDisconnected,
@@ -40,13 +38,6 @@ WINDOW_BYTES: Final = 8 * 1024 * 1024
 """Events that Kafka has not confirmed, and bytes of them. Outcome: further ones are dropped, counted."""
 SYSTEM: Final = "kafka"
 PRODUCER: Final = "events"
-
-
-def load_event_schema() -> dict[str, Any]:
-    """Return the JSON Schema that the value of every event validates against."""
-    text = (files("gateways.kafka") / "schemas" / "mqtt_event.schema.json").read_text("utf-8")
-    schema: dict[str, Any] = json.loads(text)
-    return schema
 
 
 def facts_of(event: Event) -> tuple[str, str, dict[str, Any]] | None:
@@ -165,15 +156,12 @@ class EventsOut:
         nobody waits."""
         self.note(NodeDown(at=self._utc(), node_id=self._host.node_id, reason="it was stopped"))
         self._stopping = True
-        with trio.CancelScope() as scope:
-            if self._cluster.is_away:
-                scope.cancel()
-            await self._producer.stop()
+        await stop_unless_away(self._cluster, self._producer)
 
     def counters(self) -> dict[str, int]:
         """Counters by name."""
         return {
             "events_written": self.written,
             "events_dropped": self.dropped,
-            **{f"events_producer_{name}": n for name, n in self._producer.counters().items() if name in OF_THREADS},
+            **thread_counters("events_producer", self._producer.counters()),
         }

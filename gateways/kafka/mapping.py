@@ -5,10 +5,8 @@
 
 from __future__ import annotations
 
-import json
 from base64 import b64encode
 from functools import lru_cache
-from importlib.resources import files
 from time import gmtime, strftime
 from typing import Any, Final, Literal
 
@@ -24,13 +22,6 @@ USER_PROPERTY: Final = "mqtt.userProperties."
 """How the header of a User Property begins; its name follows."""
 QOS: Final = (b"0", b"1", b"2")
 FLAG: Final = {False: b"false", True: b"true"}
-
-
-def load_schema() -> dict[str, Any]:
-    """Return the JSON Schema that every record validates against."""
-    text = (files("gateways.kafka") / "schemas" / "mqtt_message.schema.json").read_text("utf-8")
-    schema: dict[str, Any] = json.loads(text)
-    return schema
 
 
 @lru_cache(maxsize=16)

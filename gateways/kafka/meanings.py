@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-from gateways.kafka.bus import OF_THREADS
 from gateways.kafka.records import Reason
+from gateways.kafka.thread_counters import OF_THREADS
 
 _PRODUCER: Final = {
     "records_sent": "Records that Kafka has confirmed.",

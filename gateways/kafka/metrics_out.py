@@ -7,23 +7,22 @@ is left out and counted.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
 from collections.abc import Callable, Iterable
-from importlib.resources import files
 from typing import Any, Final
 
 import orjson
 import trio
 
 from gateways.kafka.bridge import ProducerBridge
-from gateways.kafka.bus import OF_THREADS
 from gateways.kafka.cluster import Cluster
+from gateways.kafka.cluster_watch import stop_unless_away
 from gateways.kafka.dlq import clean_text, iso_time
 from gateways.kafka.options import KafkaOptions
 from gateways.kafka.records import Record
+from gateways.kafka.thread_counters import thread_counters
 from gateways.kafka.topic_plan import DEFAULTS
 from mqtt_trio.gateway import Figure, GatewayHost
 
@@ -32,13 +31,6 @@ log = logging.getLogger("gateways.kafka")
 PRODUCER: Final = "metrics"
 WINDOW_BYTES: Final = 8 * 1024 * 1024
 """Never reached: one record is handed over at a time."""
-
-
-def load_metrics_schema() -> dict[str, Any]:
-    """Return the JSON Schema that the value of every record of mqtt.metrics validates against."""
-    text = (files("gateways.kafka") / "schemas" / "mqtt_metrics.schema.json").read_text("utf-8")
-    schema: dict[str, Any] = json.loads(text)
-    return schema
 
 
 def sorted_by_kind(figures: Iterable[Figure]) -> dict[str, list[dict[str, Any]]]:
@@ -138,15 +130,12 @@ class MetricsOut:
         if self._newest is not None:
             self._newest = None
             self.left_out += 1
-        with trio.CancelScope() as scope:
-            if self._cluster.is_away:
-                scope.cancel()
-            await self._producer.stop()
+        await stop_unless_away(self._cluster, self._producer)
 
     def counters(self) -> dict[str, int]:
         """Counters by name."""
         return {
             "metrics_written": self.written,
             "metrics_left_out": self.left_out,
-            **{f"metrics_producer_{name}": n for name, n in self._producer.counters().items() if name in OF_THREADS},
+            **thread_counters("metrics_producer", self._producer.counters()),
         }

@@ -9,7 +9,6 @@ import trio
 
 from gateways.kafka.archive import KafkaArchiveStore
 from gateways.kafka.bridge import ProducerBridge
-from gateways.kafka.bus import OF_THREADS
 from gateways.kafka.cluster import Cluster
 from gateways.kafka.dead_letters import DeadLetters
 from gateways.kafka.dlq import Stage
@@ -19,6 +18,7 @@ from gateways.kafka.options import KafkaOptions
 from gateways.kafka.stream_in import StreamIn
 from gateways.kafka.stream_out import StreamOut
 from gateways.kafka.stream_records import GUARD_HEADER
+from gateways.kafka.thread_counters import thread_counters
 from mqtt_trio.gateway import GatewayHost
 
 CONSUMER: Final = "messages-reader"
@@ -108,5 +108,5 @@ class Stream:
             **self.outgoing.counters(),
             "stream_partitions": len(self.reader.owned),
             **{f"stream_consumer_{name}": n for name, n in self.reader.counters().items()},
-            **{f"stream_producer_{name}": n for name, n in self.writer.counters().items() if name in OF_THREADS},
+            **thread_counters("stream_producer", self.writer.counters()),
         }

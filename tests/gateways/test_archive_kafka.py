@@ -22,11 +22,12 @@ from gateways.kafka.archive import KafkaArchiveStore
 from gateways.kafka.bridge import ConsumerBridge, ProducerBridge, Record
 from gateways.kafka.cluster import Cluster, TopicFacts
 from gateways.kafka.kafka_gateway import KafkaGateway
-from gateways.kafka.mapping import JsonMapper, load_schema
+from gateways.kafka.mapping import JsonMapper
 from gateways.kafka.options import KafkaOptions, TopicOptions, TopicsOptions
 from gateways.kafka.partitions import partition_for
 from gateways.kafka.precheck import probe
 from gateways.kafka.records import ConsumedRecord
+from gateways.kafka.schema_files import load_schema
 from gateways.kafka.topic_plan import TopicPlan
 from gateways.kafka.topics import TopicManager
 from gateways.kafka.workers import quiet_loggers
@@ -108,7 +109,7 @@ async def test_archived_messages_read_back_as_the_schema_says(kafka: KafkaNode) 
     assert outcomes == [{}, {}, {}]
     records = await read_back(kafka.servers, topic, len(messages))
     assert len(records) == len(messages)
-    validator = Draft202012Validator(load_schema())
+    validator = Draft202012Validator(load_schema("mqtt_message.schema.json"))
     found: list[tuple[str, bytes]] = []
     for record in records:
         value = json.loads(record.value)

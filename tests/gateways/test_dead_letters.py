@@ -16,14 +16,15 @@ from gateways.kafka import dead_letters
 from gateways.kafka.bus_records import Kind, encode_header, encode_message
 from gateways.kafka.cluster import TopicFacts
 from gateways.kafka.dead_letters import BURST, DeadLetters
-from gateways.kafka.dlq import BusSource, DeadLetter, KafkaSource, LostRecord, MqttSource, Stage, load_dlq_schema
+from gateways.kafka.dlq import BusSource, DeadLetter, KafkaSource, LostRecord, MqttSource, Stage
 from gateways.kafka.dlq_reading import decode_letter
 from gateways.kafka.mapping import JsonMapper
 from gateways.kafka.records import ConsumedRecord, Reason, Record, RecordRefusedError
+from gateways.kafka.schema_files import load_schema
 from mqtt_trio.errors import GatewayError
 from mqtt_trio.gateway import Message
 
-VALIDATOR = Draft202012Validator(load_dlq_schema())
+VALIDATOR = Draft202012Validator(load_schema("mqtt_dlq.schema.json"))
 INSTANCE = bytes(range(16))
 
 

@@ -13,18 +13,19 @@ import trio
 from jsonschema import Draft202012Validator
 
 from gateways.kafka import build
-from gateways.kafka.dlq import MqttSource, Stage, load_dlq_schema
+from gateways.kafka.dlq import MqttSource, Stage
 from gateways.kafka.dlq_reading import decode_letter
 from gateways.kafka.kafka_gateway import KafkaGateway
 from gateways.kafka.options import KafkaOptions, TopicOptions, TopicsOptions
 from gateways.kafka.records import Reason
+from gateways.kafka.schema_files import load_schema
 from mqtt_trio.gateway import Message
 from tests.gateway_support import LIMIT, read_records
 from tests.gateways.memory_bus import FakeHost
 from tests.kafka_support import KafkaNode, unique_name
 
 pytestmark = pytest.mark.kafka
-VALIDATOR = Draft202012Validator(load_dlq_schema())
+VALIDATOR = Draft202012Validator(load_schema("mqtt_dlq.schema.json"))
 
 
 @asynccontextmanager

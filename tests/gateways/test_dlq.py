@@ -26,13 +26,13 @@ from gateways.kafka.dlq import (
     id_of_message,
     letter_headers,
     letter_id,
-    load_dlq_schema,
 )
 from gateways.kafka.dlq_reading import DeadLetterError, decode_letter
 from gateways.kafka.records import Reason
+from gateways.kafka.schema_files import load_schema
 from mqtt_trio.gateway import Message
 
-VALIDATOR = Draft202012Validator(load_dlq_schema())
+VALIDATOR = Draft202012Validator(load_schema("mqtt_dlq.schema.json"))
 
 texts = st.text(max_size=30)  # Hypothesis makes no surrogates
 numbers = st.integers(0, 2**63 - 1)

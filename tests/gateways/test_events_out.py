@@ -15,15 +15,16 @@ from trio.testing import MockClock
 
 from gateways.kafka.bridge import ProducerBridge
 from gateways.kafka.cluster import Cluster
-from gateways.kafka.events_out import EventsOut, load_event_schema
+from gateways.kafka.events_out import EventsOut
 from gateways.kafka.options import KafkaOptions
 from gateways.kafka.records import Record
+from gateways.kafka.schema_files import load_schema
 from mqtt_trio.broker import events
 from mqtt_trio.protocol.codes import ProtocolVersion, ReasonCode
 from mqtt_trio.protocol.packets import Unsubscribe
 from mqtt_trio.testing import MemoryBroker, open_memory_broker
 
-VALIDATOR = Draft202012Validator(load_event_schema())
+VALIDATOR = Draft202012Validator(load_schema("mqtt_event.schema.json"))
 V5 = ProtocolVersion.MQTT_5_0
 
 

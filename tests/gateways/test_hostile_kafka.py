@@ -19,12 +19,13 @@ from gateways.kafka import build
 from gateways.kafka.bridge import ConsumerBridge
 from gateways.kafka.bus_records import Kind, encode_header
 from gateways.kafka.cluster import Cluster
-from gateways.kafka.dlq import KafkaSource, load_dlq_schema
+from gateways.kafka.dlq import KafkaSource
 from gateways.kafka.dlq_reading import decode_letter
 from gateways.kafka.kafka_gateway import KafkaGateway
 from gateways.kafka.options import BusOptions, KafkaOptions, TopicOptions, TopicsOptions
 from gateways.kafka.poller import Assignment
 from gateways.kafka.records import ConsumedRecord, Reason
+from gateways.kafka.schema_files import load_schema
 from mqtt_trio.gateway import Message
 from tests.gateway_support import LIMIT
 from tests.gateways.memory_bus import NOW, FakeHost
@@ -170,7 +171,7 @@ async def test_garbage_on_every_topic_is_counted_and_dead_lettered_and_stalls_no
     async with running(third, "three", b"3" * 16) as (_, late):  # one that reads all of it at its start
         assert "behind/kept" in late.local.retained
     letters = await trio.to_thread.run_sync(read_letters, kafka.servers, dlq)
-    validator = Draft202012Validator(load_dlq_schema())
+    validator = Draft202012Validator(load_schema("mqtt_dlq.schema.json"))
     decoded = []
     for record in letters:
         validator.validate(json.loads(record.value))

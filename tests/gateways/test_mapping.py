@@ -11,26 +11,16 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 from kafka.partitioner.default import murmur2 as reference_murmur2
 
-from gateways.kafka.mapping import JsonMapper, TimestampFormat, load_schema
+from gateways.kafka.mapping import JsonMapper, TimestampFormat
 from gateways.kafka.partitions import murmur2, partition_for
 from gateways.kafka.records import Record
+from gateways.kafka.schema_files import load_schema
 from mqtt_trio.gateway import Message, MessageProperties
+from tests.gateways.strategies import PROPERTIES, TEXT, TOPICS
 
-VALIDATOR = Draft202012Validator(load_schema())
+VALIDATOR = Draft202012Validator(load_schema("mqtt_message.schema.json"))
 PUBLISHED_AT = 1705314600.5
 """2024-01-15T10:30:00.500Z"""
-
-TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))
-TOPICS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0#+"), min_size=1)
-PROPERTIES = st.builds(
-    MessageProperties,
-    content_type=st.none() | TEXT,
-    correlation_data=st.none() | st.binary(max_size=20),
-    user_properties=st.lists(st.tuples(TEXT, TEXT), max_size=4).map(tuple),
-    response_topic=st.none() | TOPICS,
-    payload_format_indicator=st.none() | st.integers(0, 1),
-    message_expiry_interval=st.none() | st.integers(0, 2**32 - 1),
-)
 
 
 def make(message: Message, timestamps: TimestampFormat = "iso") -> Record:

@@ -17,14 +17,15 @@ from trio.testing import MockClock
 from gateways.kafka.bridge import ProducerBridge
 from gateways.kafka.cluster import Cluster
 from gateways.kafka.meanings import MEANINGS
-from gateways.kafka.metrics_out import MetricsOut, load_metrics_schema
+from gateways.kafka.metrics_out import MetricsOut
 from gateways.kafka.options import KafkaOptions, MetricsOptions, TopicOptions, TopicsOptions
 from gateways.kafka.records import Record
+from gateways.kafka.schema_files import load_schema
 from mqtt_trio.errors import GatewayError
 from mqtt_trio.gateway import Figure
 from tests.gateways.memory_bus import FakeHost
 
-VALIDATOR = Draft202012Validator(load_metrics_schema())
+VALIDATOR = Draft202012Validator(load_schema("mqtt_metrics.schema.json"))
 STARTED = 1_764_230_400.0
 """2025-11-27T08:00:00Z"""
 OPTIONS = KafkaOptions(

@@ -16,7 +16,6 @@ from gateways.kafka.avro import (
     AvroError,
     AvroMapper,
     decode_datum,
-    load_avro_schema,
     parse_writer,
     schema_text,
     split_id,
@@ -25,21 +24,11 @@ from gateways.kafka.mapping import JsonMapper, RawMapper, RecordMapper
 from gateways.kafka.partitions import partition_for
 from gateways.kafka.reading import Reader, UnreadableError, read_json, read_timestamp, reader_of
 from gateways.kafka.records import ConsumedRecord, Headers, Record
-from mqtt_trio.gateway import Message, MessageProperties
+from gateways.kafka.schema_files import load_schema
+from mqtt_trio.gateway import Message
+from tests.gateways.strategies import PROPERTIES, TEXT, TOPICS
 
-TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=20)
-TOPICS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0#+"), min_size=1, max_size=20).filter(
-    lambda topic: not topic.startswith("$SYS")
-)
-PROPERTIES = st.builds(
-    MessageProperties,
-    content_type=st.none() | TEXT,
-    correlation_data=st.none() | st.binary(max_size=20),
-    user_properties=st.lists(st.tuples(TEXT, TEXT), max_size=4).map(tuple),
-    response_topic=st.none() | TOPICS,
-    payload_format_indicator=st.none() | st.integers(0, 1),
-    message_expiry_interval=st.none() | st.integers(0, 2**32 - 1),
-)
+AVRO = load_schema("mqtt_message.avsc")
 MESSAGES = st.builds(
     Message,
     TOPICS,
@@ -124,8 +113,8 @@ def test_raw_is_the_payload_alone() -> None:
 
 
 def test_avro_is_the_schema_that_people_know() -> None:
-    fields = {field["name"]: field["type"] for field in load_avro_schema()["fields"]}
-    assert (load_avro_schema()["namespace"], load_avro_schema()["name"]) == ("at.rocworks.kafka", "MqttMessage")
+    fields = {field["name"]: field["type"] for field in AVRO["fields"]}
+    assert (AVRO["namespace"], AVRO["name"]) == ("at.rocworks.kafka", "MqttMessage")
     assert fields == {
         "timestamp": "long",
         "topic": "string",
@@ -165,7 +154,7 @@ def test_a_value_with_an_id_needs_a_registry() -> None:
 
 def writer_with(*fields: dict[str, object]) -> str:
     """Return our schema with further fields in front."""
-    return json.dumps(load_avro_schema() | {"fields": [*fields, *load_avro_schema()["fields"]]})
+    return json.dumps(AVRO | {"fields": [*fields, *AVRO["fields"]]})
 
 
 def test_what_a_later_schema_wrote_is_read_as_ours() -> None:

@@ -15,9 +15,7 @@ from jsonschema import Draft202012Validator
 from kafka import KafkaAdminClient, KafkaProducer
 from kafka.errors import RetriableError
 
-from gateways.kafka.events_out import load_event_schema
-from gateways.kafka.mapping import load_schema
-from gateways.kafka.metrics_out import load_metrics_schema
+from gateways.kafka.schema_files import load_schema
 from mqtt_trio.__main__ import main
 from tests.interop.broker_process import Brokers
 from tests.interop.cluster import Cluster, committed_offsets, read_topic
@@ -207,7 +205,7 @@ def test_what_clients_publish_is_in_the_stream_once_and_comes_back_to_nobody(
         wait_until(lambda: stream.is_done(62), "the group has read it all", JOIN_LIMIT)
         assert all(len(client.heard_so_far()) == 63 for client in clients)
     records = read_topic(stream.cluster.kafka, stream.messages)
-    validator = Draft202012Validator(load_schema())
+    validator = Draft202012Validator(load_schema("mqtt_message.schema.json"))
     found: dict[str, list[bytes]] = {}
     for record in records:
         value = json.loads(record.value)
@@ -243,7 +241,7 @@ def test_what_clients_publish_is_in_the_stream_once_and_comes_back_to_nobody(
 
 def check_metrics(stream: Stream, count: int) -> None:
     """Each node has told its figures, with the lag of what it reads by partition."""
-    validator = Draft202012Validator(load_metrics_schema())
+    validator = Draft202012Validator(load_schema("mqtt_metrics.schema.json"))
     last: dict[str, dict[str, Any]] = {}
     records = read_topic(stream.cluster.kafka, stream.metrics)
     for record in records:
@@ -262,7 +260,7 @@ def check_metrics(stream: Stream, count: int) -> None:
 
 def check_events(stream: Stream, topic: str) -> None:
     """Everything that happened to the clients, and the nodes, is in mqtt.events."""
-    validator = Draft202012Validator(load_event_schema())
+    validator = Draft202012Validator(load_schema("mqtt_event.schema.json"))
     seen: dict[str, list[str]] = {}
     for record in read_topic(stream.cluster.kafka, stream.events):
         value = json.loads(record.value)

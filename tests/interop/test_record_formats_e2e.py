@@ -17,9 +17,9 @@ from kafka.partitioner.default import murmur2
 
 from gateways.kafka import ArchiveConsumer
 from gateways.kafka.avro import schema_text
-from gateways.kafka.mapping import load_schema
 from gateways.kafka.options import KafkaOptions, SchemaRegistryOptions
 from gateways.kafka.reading import Archived, Find, reader_of
+from gateways.kafka.schema_files import load_schema
 from gateways.kafka.schema_registry import SchemaRegistry
 from gateways.kafka.workers import consumed
 from lib.kafka_install import install, java
@@ -132,7 +132,7 @@ def test_every_format_holds_what_was_published_and_java_agrees(
     assert (last.payload, last.retain, last.properties.content_type) == (b"rich", True, "text/plain")
     assert last.properties.user_properties == rich.user_properties
     assert last.properties.correlation_data == b"\xff\0"
-    validator = Draft202012Validator(load_schema())
+    validator = Draft202012Validator(load_schema("mqtt_message.schema.json"))
     for record in read_topic(kafka, text):
         value = json.loads(record.value)
         validator.validate(value)
