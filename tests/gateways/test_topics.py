@@ -28,6 +28,7 @@ from gateways.kafka.topics import TopicManager, survey
 from mqtt_trio.errors import ConfigError
 from tests.kafka_fakes import FakeAdmin
 from tests.kafka_support import KafkaNode, unique_name
+from tests.lines import wait_until
 
 DAY = 24 * 3600 * 1000
 EVERYTHING = TopicsOptions(messages=MessagesOptions(enabled=True), events=TopicOptions(enabled=True))
@@ -234,6 +235,8 @@ def test_five_nodes_at_once_and_a_second_start(kafka: KafkaNode) -> None:
     assert ensure(kafka.servers, changed) == {}
     admin = Admin(KafkaOptions(servers=kafka.servers))
     try:
+        # A broker may learn of a topic some moments behind the controller that has made it.
+        wait_until(lambda: all(admin.describe(names).values()), "three topics")
         states = [state for state in admin.describe(names).values() if state is not None]
     finally:
         admin.close()
