@@ -88,7 +88,7 @@ def sole_member(options: KafkaOptions, group: str, topic: str) -> Iterator[None]
     one waits for.
 
     Raises:
-      GatewayError: there is another member.
+      GatewayError: there is another member, or Kafka does not let this one in.
     """
     with administration(options) as admin:
         until = time.monotonic() + PLACE_TIMEOUT
@@ -101,23 +101,28 @@ def sole_member(options: KafkaOptions, group: str, topic: str) -> Iterator[None]
         with leak_safe() as make_client:
             consumer = KafkaConsumer(kafka_client=make_client, group_id=group, enable_auto_commit=False, **config)
         try:
-            consumer.subscribe([topic])
             until = time.monotonic() + COORDINATOR_TIMEOUT
+            # Who joins before it has heard of the topic gets no share, and stays without one.
+            while not consumer.partitions_for_topic(topic) and time.monotonic() < until:
+                time.sleep(INTERVAL)
+            consumer.subscribe([topic])
             while not consumer.assignment() and time.monotonic() < until:
                 consumer.poll(timeout_ms=100)
             consumer.pause(*consumer.assignment())
             found = admin.group(group)
-            if not consumer.assignment() or found is None or len(found.members) > 1:
+            if found is not None and len(found.members) > 1:
                 raise _taken(found)
+            if not consumer.assignment() or found is None:
+                text = f"Kafka did not let this process into group {group} within {COORDINATOR_TIMEOUT:g} s; try again"
+                raise GatewayError(text, retriable=True)
             yield
         finally:
             with suppress(Exception):
                 consumer.close(autocommit=False, timeout_ms=2000)
 
 
-def _taken(group: GroupState | None) -> GatewayError:
-    members = ", ".join(group.members) if group is not None else "unknown"
-    return GatewayError(f"another one is at it ({members}); try again when it is done", retriable=True)
+def _taken(group: GroupState) -> GatewayError:
+    return GatewayError(f"another one is at it ({', '.join(group.members)}); try again when it is done", retriable=True)
 
 
 def words_of(exc: BaseException) -> str:

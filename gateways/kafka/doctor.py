@@ -39,7 +39,7 @@ TITLES: Final[Mapping[str, str]] = {
 }
 """Step of a connection -> what people call it."""
 
-READ: Final = ("Kafka.Topics.Bus", "Kafka.Topics.Retained")
+READ: Final = ("Kafka.Topics.Bus", "Kafka.Topics.Messages", "Kafka.Topics.Retained")
 """Topics that a node reads as well."""
 
 SKEW_RECORDS: Final = 1000

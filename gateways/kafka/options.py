@@ -61,10 +61,10 @@ class BusOptions:
     what is on disk here is acknowledged, the rest goes to the spool; without one, or where it takes nothing, a 5.0
     client gets reason code 0x83 and a 3.x client is disconnected. The other nodes may get the message nevertheless."""
     window_messages: int = attrs.field(default=200_000, validator=[ge(1000), le(10_000_000)])
-    """Messages that the bus may hold before Kafka has confirmed them. Outcome: QoS 1 and 2 publishers wait, QoS 0
-    messages are dropped."""
+    """Messages that the bus may hold before Kafka has confirmed them: so many at QoS 0, and so many at QoS 1 and 2.
+    Outcome: QoS 1 and 2 publishers wait, QoS 0 messages are dropped."""
     window_bytes: int = attrs.field(default=32 * 1024 * 1024, validator=[ge(1024 * 1024), le(4 * 1024**3)])
-    """Bytes that the bus may hold before Kafka has confirmed them. Outcome as above."""
+    """Bytes that the bus may hold before Kafka has confirmed them, of either kind. Outcome as above."""
     checkpoint_age: float = attrs.field(default=3600.0, validator=[ge(0), le(30 * 24 * 3600)])
     """Seconds for which this node may have been away and still brings its persistent sessions what other nodes
     published at QoS 1 and 2 meanwhile; the retention of the bus topic bounds it, too. 0: never."""

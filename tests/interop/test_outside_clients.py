@@ -119,7 +119,7 @@ def test_a_plain_producer_writes_what_our_consumer_reads(kafka: KafkaNode, node:
 
     async def read() -> int:
         options = KafkaOptions(servers=kafka.servers)
-        with trio.fail_after(LIMIT):
+        with trio.fail_after(4 * LIMIT):  # a member waits for its group to settle
             async with ArchiveConsumer(options=options, group=unique_name("g"), topics=archive) as consumer:
                 async for message in consumer:
                     found.append((message.topic_name, message.payload))
@@ -144,7 +144,7 @@ def test_the_tools_of_kafka_describe_reset_and_read(kafka: KafkaNode, node: Brok
     async def read(count: int) -> list[bytes]:
         options = KafkaOptions(servers=kafka.servers)
         found: list[bytes] = []
-        with trio.fail_after(LIMIT):
+        with trio.fail_after(4 * LIMIT):  # a member waits for its group to settle
             async with ArchiveConsumer(options=options, group=group, topics=archive) as consumer:
                 async for message in consumer:
                     found.append(message.payload)

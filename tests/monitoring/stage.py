@@ -152,6 +152,7 @@ class Stage:
             f"Kafka.Servers={self.servers}", "Kafka.Bus.Enabled=true", "ArchiveGroups.0.Name=All",
             "ArchiveGroups.0.Filter=#", "ArchiveGroups.0.Store=KAFKA",
             "Kafka.Topics.Messages.Enabled=true", "Kafka.Topics.Events.Enabled=true",
+            "Kafka.Metrics.Enabled=true", 'Kafka.Metrics.Reporters=["kafka"]',
         ]  # fmt: skip
         return load_config(None, {}, Overrides(sets=sets, port=0, ws_port=0), {"Kafka": KafkaOptions})
 

@@ -57,6 +57,15 @@ OF_TOPIC: Final = {"client": "bus-reader", "topic": "monster"}
 OF_READER: Final = {"client": "bus-reader", "kind": "consumer"}
 PER_REQUEST: Final = f'mqtt_trio_kafka_records_per_request_avg{{{READER},kind="consumer"}}'
 LAG: Final = f"mqtt_trio_kafka_records_lag_max{{{TOPIC}}}"
+WITH_THREADS = (
+    "bus_consumer",
+    "bus_producer",
+    "archive",
+    "stream_consumer",
+    "stream_producer",
+    "events_producer",
+    "metrics_producer",
+)
 NETWORK: Final = "mqtt_trio_kafka_network_io_rate_bytes"
 
 CASES: Final[dict[str, list[Case]]] = {
@@ -88,9 +97,7 @@ CASES: Final[dict[str, list[Case]]] = {
     "KafkaAway": pair(f"mqtt_trio_kafka_away_seconds{{{LABELS}}}", 31, 30),
     "KafkaDeadLetters": counter(f"mqtt_trio_kafka_dlq_letters_total{{{LABELS}}}"),
     "KafkaThreadHung": [
-        case
-        for part in ("bus_consumer", "bus_producer", "archive", "stream_consumer", "stream_producer", "events_producer")
-        for case in pair(f"mqtt_trio_kafka_{part}_threads_left{{{LABELS}}}", 1, 0)
+        case for part in WITH_THREADS for case in pair(f"mqtt_trio_kafka_{part}_threads_left{{{LABELS}}}", 1, 0)
     ],
     "BusMessagesDropped": [
         case
