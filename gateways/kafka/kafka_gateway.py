@@ -334,7 +334,7 @@ class KafkaGateway:
         yield Figure("away_seconds", text, self.cluster.away_seconds)
         if self._bus is not None and (spool := self._bus.outbox.spool) is not None:
             text = "What the spool of the bus may take on disk."
-            yield Figure("bus_spool_limit_bytes", text, spool.max_bytes)
+            yield Figure("bus_spool_limit_bytes", text, spool.disk.max_bytes)
         yield from figures_of(self.cluster.clients.values())
 
     def meanings(self) -> Mapping[str, str]:

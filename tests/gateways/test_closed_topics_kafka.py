@@ -129,8 +129,8 @@ class Node:
         outbox = self.gateway._bus.outbox
         assert outbox.spool is not None
         assert self.group.shipper.spool is not None
-        waits = self.group.waiting_messages + self.group.shipper.spool.messages + outbox.spool.messages
-        return not waits and not outbox._flights and self.acknowledged()
+        waits = self.group.waiting_messages + self.group.shipper.spool.messages + outbox.spool.disk.messages
+        return not waits and not outbox.flights and self.acknowledged()
 
 
 @asynccontextmanager
