@@ -9,8 +9,6 @@ from the beginning (`retained`). Partitions that the topics get later are read f
 from __future__ import annotations
 
 import logging
-import os
-import socket
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -24,12 +22,12 @@ from gateways.kafka.bus_outbox import BusOutbox
 from gateways.kafka.bus_positions import Positions
 from gateways.kafka.bus_records import Kind
 from gateways.kafka.bus_sender import LEAST_PART, PART_SLACK, BusSender
-from gateways.kafka.bus_settings import BusSettings, MakeConsumer, Producer, TopicSize
+from gateways.kafka.bus_settings import BusSettings, Consumer, MakeConsumer, Producer, TopicSize
 from gateways.kafka.bus_shares import BusShares
 from gateways.kafka.bus_slots import Slot
 from gateways.kafka.bus_window import BusWindow
 from gateways.kafka.dead_letters import DeadLetters
-from gateways.kafka.node_facts import NodeFacts, encode_facts
+from gateways.kafka.node_facts import NodeFacts, encode_facts, facts_of_process
 from gateways.kafka.nodes import Nodes
 from gateways.kafka.records import ConsumedRecord, Reason
 from gateways.kafka.retained import Retained
@@ -77,51 +75,54 @@ class Bus:
         neither written nor read goes to `dead_letters`, None: it is counted; `utc`: seconds since the epoch."""
         self.settings = settings
         self.host = host
-        self.dead_letters = dead_letters or DeadLetters()
-        stop, resume = partial(host.stop_publishers, self), partial(host.resume_publishers, self)
-        self.window = BusWindow(settings.window_messages, settings.window_bytes, stop=stop, resume=resume)
+        self.dead_letters = letters = dead_letters or DeadLetters()
+        self.window = self._make_window()
         """Of messages at QoS 1 and 2, and of what is retained."""
-        self.window_qos0 = BusWindow(settings.window_messages, settings.window_bytes, stop=stop, resume=resume)
+        self.window_qos0 = self._make_window()
         """Apart, because QoS 0 waits in it for a whole outage: nobody at QoS 1 and 2 is to wait behind that."""
-        self._facts = facts
-        self._producer = producer
+        self._producer, self._facts = producer, facts
+        self._local = local = host.local_client("bus")
         self.positions = Positions(settings.topic, host.instance_id, host.marks, age=settings.checkpoint_age, utc=utc)
-        self._consumer = make_consumer(self.on_records, self.positions.offsets)
-        self._consumer.on_another = self._begin_another
-        if self.positions.offsets and self.positions.identity is not None:
-            self._consumer.expect(settings.topic, self.positions.identity)
+        self._consumer = self._prepared(make_consumer(self.on_records, self.positions.offsets))
         self.refusal: Callable[[], str | None] = lambda: None
         """Says why Kafka lets nobody in, where that is certain."""
         self._started = self._began = False
         self._has_retained = trio.Event()
         """mqtt.retained is read, and what of it is outdated is known."""
         self._told: set[type[Exception]] = set()
-        producer.after_drain = host.flush
-        self._local = local = host.local_client("bus")
         self.outbox = BusOutbox(settings, host, local, producer.offer, self.window)
-        self.sender = BusSender(
-            settings, host, producer.offer, self.window_qos0, self.outbox, dead_letters=self.dead_letters
-        )
-        self.sender.retain = self._retain
-        self._consumer.room = partial(wait_for_room, local)  # Kafka keeps it for longer than this node has memory for
-        about_us = NodeFacts(socket.gethostname(), os.getpid(), utc())
-        self.nodes = Nodes(host.node_id, host.instance_id, about_us, self._send_facts)
-        self.inbox = BusInbox(host, local, self.nodes, self.positions, self.dead_letters, utc=utc)
+        self.sender = BusSender(settings, host, producer.offer, self.window_qos0, self.outbox, dead_letters=letters)
+        self.nodes = Nodes(host.node_id, host.instance_id, facts_of_process(utc()), self._send_facts)
+        self.inbox = BusInbox(host, local, self.nodes, self.positions, letters, utc=utc)
         self.retained = Retained(
-            settings.retained_topic,
-            host,
-            producer.offer,
-            local=local,
-            window=self.window,
-            dead_letters=self.dead_letters,
+            settings.retained_topic, host, producer.offer, local=local, window=self.window, dead_letters=letters
         )
-        self.retained.arm = self.sender.arm
         self.clients = BusClients(host, self.sender.tell, self.sender.arm)
         self.shares = BusShares(host, local, self.outbox, self._slot, self.sender.tell, self.sender.arm)
+        self._join_parts()
+
+    def _make_window(self) -> BusWindow:
+        settings, host = self.settings, self.host
+        stop, resume = partial(host.stop_publishers, self), partial(host.resume_publishers, self)
+        return BusWindow(settings.window_messages, settings.window_bytes, stop=stop, resume=resume)
+
+    def _prepared(self, consumer: Consumer) -> Consumer:
+        """Return the consumer, told what this node knows of the topic."""
+        consumer.on_another = self._begin_another
+        if self.positions.offsets and self.positions.identity is not None:
+            consumer.expect(self.settings.topic, self.positions.identity)
+        consumer.room = partial(wait_for_room, self._local)  # Kafka keeps it for longer than this node has memory for
+        return consumer
+
+    def _join_parts(self) -> None:
+        """Tell the parts of each other."""
+        self._producer.after_drain = self.host.flush
+        self.sender.retain = self._retain
+        self.sender.after_ship = self._ship_others
+        self.retained.arm = self.sender.arm
         self.inbox.clients, self.inbox.shares = self.clients, self.shares
         self.nodes.changed = self.shares.node_changed
         self.nodes.deaf = lambda: self.outbox.trouble() is not None
-        self.sender.after_ship = self._ship_others
 
     # --- tap
 

@@ -156,11 +156,7 @@ class KafkaGateway:
             await self._start_archive(nursery, host)
             await self._start_reports(nursery, host)
             if self.options.bus.enabled:
-                self._bus = self._make_bus(host)
-                if self._events is not None:
-                    self._bus.nodes.silent = self._events.node_silent
-                nursery.start_soon(follow, self.cluster, self._bus.outbox.look)
-                await nursery.start(self._bus.run)
+                await self._start_bus(nursery, host)
             else:
                 if self._archive or self._events or self._metrics or self.options.has_stream:
                     nursery.start_soon(watch_presence, self.cluster)
@@ -194,6 +190,13 @@ class KafkaGateway:
             await nursery.start(self._archive.run)
         for store in self._stores:
             nursery.start_soon(store.prepare)
+
+    async def _start_bus(self, nursery: trio.Nursery, host: GatewayHost) -> None:
+        self._bus = self._make_bus(host)
+        if self._events is not None:
+            self._bus.nodes.silent = self._events.node_silent
+        nursery.start_soon(follow, self.cluster, self._bus.outbox.look)
+        await nursery.start(self._bus.run)
 
     def _make_bus(self, host: GatewayHost) -> Bus:
         from gateways.kafka.bus import Bus

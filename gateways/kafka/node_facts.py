@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import struct
 from typing import Final
 
@@ -25,6 +27,11 @@ class NodeFacts:
     hello_offset: int = -1
     target: bytes = bytes(16)
     """ALIVE: the instance that is told to end."""
+
+
+def facts_of_process(started_at: float) -> NodeFacts:
+    """What this process says of itself; `started_at`: UTC seconds since the epoch."""
+    return NodeFacts(socket.gethostname(), os.getpid(), started_at)
 
 
 def encode_facts(facts: NodeFacts) -> bytes:

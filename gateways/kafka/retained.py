@@ -109,23 +109,20 @@ class Retained:
         self.sent = self.received = self.failed = 0
         self.unconfirmed = 0
         """Of the failed ones, those that Kafka had not confirmed when the producer was closed."""
-        self.too_large = self.dropped = self.malformed = self.unknown_version = 0
-        self.resumed = self.restored = 0
+        self.too_large = self.dropped = self.malformed = self.unknown_version = self.resumed = self.restored = 0
         self._host = host
         self._offer = offer
         self._window = window
         self._began = False
-        self._own: dict[bytes, OwnRecord] = {}
         self._sequences: dict[int, int] = {}
         self._read_back: dict[int, int] = {}
         self._offsets: dict[int, int] = {}
         """Behind the last record that was read, by partition."""
         self._marks = RetainedMarks(host, local, self._marked)
         self._owed = self._marks.read()
-        for key, owed in self._owed.items():
-            self._own[key] = OwnRecord(owed.message, owed.seen)
-            self.pending[key] = owed.message
-            window.add(0, size_of(owed.message))
+        self._own = {key: OwnRecord(owed.message, owed.seen) for key, owed in self._owed.items()}
+        self.pending.update((key, owed.message) for key, owed in self._owed.items())
+        window.add(0, sum(size_of(owed.message) for owed in self._owed.values()))
 
     # --- out
 
