@@ -30,8 +30,6 @@ LARGEST_PAYLOAD: Final = 268_435_455
 LONGEST_EXPIRY: Final = 2**32 - 1
 FEWEST_HEADERS: Final = 6
 """Headers that every record of ours has."""
-MOST_SCHEMAS: Final = 1000
-"""Schemas of a registry that a reader remembers. Outcome: all are forgotten, and asked for again."""
 
 Find = Callable[[int], str]
 """Returns the text of a schema by its id; blocks, raises GatewayError."""
@@ -133,8 +131,9 @@ class AvroReader:
     """Reads AVRO values, plain ones and those that name their schema by the id of a registry."""
 
     def __init__(self, find_schema: Find | None = None) -> None:
-        self._find = find_schema
-        self._writers: dict[int, Any] = {}
+        from gateways.kafka.writer_schemas import WriterSchemas
+
+        self._writers = None if find_schema is None else WriterSchemas(find_schema)
 
     def read(self, record: ConsumedRecord) -> Archived:
         """See `Reader.read`."""
@@ -142,11 +141,14 @@ class AvroReader:
 
         value = record.value or b""
         try:
-            schema_id, datum = avro.split_id(value) if self._find is not None else (None, value)
-            fields = avro.decode_datum(datum, avro.SCHEMA if schema_id is None else self._writer(schema_id))
+            writer, datum = avro.SCHEMA, value
+            if self._writers is not None:
+                schema_id, datum = avro.split_id(value)
+                writer = avro.SCHEMA if schema_id is None else self._writers[schema_id]
+            fields = avro.decode_datum(datum, writer)
         except avro.AvroError as exc:
             hint = ""
-            if self._find is None and avro.split_id(value)[0] is not None:
+            if self._writers is None and avro.split_id(value)[0] is not None:
                 hint = "; it seems to begin with a schema id, for which [Kafka.SchemaRegistry] Url is needed"
             raise UnreadableError(f"{exc}{hint}") from None
         facts = HeaderFacts(record)
@@ -160,18 +162,6 @@ class AvroReader:
             read_timestamp(fields["timestamp"]) / 1000,
         )
         return Archived(message, facts.text("mqtt.brokerId"))
-
-    def _writer(self, schema_id: int) -> Any:
-        from gateways.kafka import avro
-
-        writer = self._writers.get(schema_id)
-        if writer is None:
-            assert self._find is not None
-            writer = avro.parse_writer(self._find(schema_id))
-            if len(self._writers) >= MOST_SCHEMAS:
-                self._writers.clear()
-            self._writers[schema_id] = writer
-        return writer
 
 
 class RawReader:

@@ -1,7 +1,8 @@
 """A schema registry with the REST API of Confluent's: Apicurio, Karapace and others speak it, too [K8].
 
-Everything blocks and runs in worker threads; urllib3 does HTTP and TLS. One request is one connection: there are few of
-them, at the start and when a reader meets a schema that it does not know.
+Everything blocks and runs in worker threads; urllib3 does HTTP and TLS. One request is one connection, in a thread of
+its own that need not be waited for: there are few of them, at the start and when a reader meets a schema that it does
+not know.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ from __future__ import annotations
 import base64
 import json
 import logging
+import threading
 import time
 import urllib.parse
+from concurrent.futures import Future
 from typing import Any, Final, NoReturn
 
 import urllib3
@@ -26,6 +29,9 @@ log = logging.getLogger("gateways.kafka")
 MEDIA_TYPE: Final = "application/vnd.schemaregistry.v1+json"
 LARGEST_ANSWER: Final = 1024 * 1024
 """Bytes. Outcome: the answer counts as none."""
+GRACE: Final = 1.0
+"""Seconds that a request may take beyond `Timeout` where that cannot be held: name services have no limit, and a server
+may send its header byte by byte. Outcome: it is left to its thread, and until that has ended nothing else is asked."""
 LARGEST_ID: Final = 2**31 - 1
 LONGEST_TEXT: Final = 300
 """Characters of a registry's own words that are repeated."""
@@ -66,6 +72,8 @@ class SchemaRegistry:
         if self.options.url is None:
             raise ValueError("there is no schema registry")
         self.url = self.options.url.rstrip("/")
+        self._left: threading.Thread | None = None
+        """The thread of a request that was not waited for."""
         keep_secret(self.options.password)
 
     def subject(self, topic: str, record_name: str) -> str:
@@ -76,8 +84,8 @@ class SchemaRegistry:
         return f"{topic}-{record_name}" if strategy == "TopicRecordNameStrategy" else f"{topic}-value"
 
     def id_of(self, subject: str, schema: str) -> int:
-        """Return the id of an Avro schema under `subject`, registering it where the options say so. Blocks for about
-        `timeout` seconds at most.
+        """Return the id of an Avro schema under `subject`, registering it where the options say so. Blocks for
+        `timeout` and GRACE seconds at most.
 
         Raises:
           RegistryError: there is none, or nobody answers (`retriable`).
@@ -129,7 +137,26 @@ class SchemaRegistry:
     # --- requests
 
     def _ask(self, method: str, path: str, body: object = None) -> tuple[int, Any]:
-        """Return status and JSON of one request; None where the answer is no JSON."""
+        """Return status and JSON of one request; None where the answer is no JSON. Blocks for `timeout` and GRACE."""
+        if self._left is not None and self._left.is_alive():
+            self._fail("no answer in time, and an earlier request still waits: does the name service answer?")
+        outcome: Future[tuple[int, Any]] = Future()
+
+        def run() -> None:
+            try:
+                outcome.set_result(self._request(method, path, body))
+            except BaseException as exc:
+                outcome.set_exception(exc)
+
+        thread = threading.Thread(target=run, name="schema-registry", daemon=True)
+        thread.start()
+        try:
+            return outcome.result(self.options.timeout + GRACE)
+        except TimeoutError:
+            self._left = thread
+            self._fail("no answer in time")
+
+    def _request(self, method: str, path: str, body: object) -> tuple[int, Any]:
         timeout = self.options.timeout
         deadline = time.monotonic() + timeout
         pool = urllib3.PoolManager(num_pools=1, retries=False, timeout=urllib3.Timeout(total=timeout), **self._tls())

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from gateways.kafka import build
+from gateways.kafka import build, schema_registry
 from gateways.kafka.avro import RECORD_NAME, schema_text
 from gateways.kafka.doctor import examine
 from gateways.kafka.options import KafkaOptions, SchemaRegistryOptions, SslOptions
@@ -175,6 +175,38 @@ def test_who_is_silent_or_slow_does_not_hold_us_up(fake: FakeRegistry) -> None:
         client(fake.url, timeout=0.2).look()
     assert caught.value.retriable
     assert time.monotonic() - began < 5
+
+
+def test_a_name_service_that_hangs_is_left_to_one_thread(fake: FakeRegistry, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no limit of its own; and however often it is tried again, one thread waits."""
+    released, asked = threading.Event(), []
+    resolve = socket.getaddrinfo
+
+    def hang(*arguments: Any) -> Any:
+        asked.append(arguments[0])
+        assert released.wait(30)
+        return resolve(*arguments)
+
+    def waiting() -> list[threading.Thread]:
+        return [thread for thread in threading.enumerate() if thread.name == "schema-registry"]
+
+    monkeypatch.setattr(schema_registry, "GRACE", -9.9)
+    monkeypatch.setattr(socket, "getaddrinfo", hang)
+    registry = client(fake.url, timeout=10.0)
+    try:
+        for _ in range(5):
+            with pytest.raises(RegistryError, match="no answer in time") as caught:
+                registry.schema(1)
+            assert caught.value.retriable
+        assert "does the name service answer" in str(caught.value)
+        assert len(asked) == len(waiting()) == 1
+    finally:
+        released.set()
+    for thread in waiting():
+        thread.join(30)
+    monkeypatch.undo()
+    with pytest.raises(RegistryError, match="no schema with the id 1"):
+        registry.schema(1)
 
 
 def test_who_speaks_no_http_is_named() -> None:
