@@ -3,12 +3,14 @@ something is wrong. scripts/alerts does the same with five minutes of health and
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Final
 
 import pytest
 
 from tests.kafka_support import KafkaNode
+from tests.monitoring.figures_page import documented
 from tests.monitoring.rules import alerts, dashboard_queries, names_in
 from tests.monitoring.stage import Stage, open_stage
 
@@ -38,9 +40,10 @@ async def test_alerts(own_kafka: KafkaNode, tmp_path: Path) -> None:
 
 
 async def names_exist(stage: Stage) -> None:
-    """Whatever rules and dashboard name is shown by a node."""
+    """Whatever rules and dashboard name is shown by a node, and whatever that shows is told by the guides."""
     shown = {name.split(" ")[0] for name in await stage.metrics(1)}
     queries = [*(rule["expr"] for rule in alerts().values()), *dashboard_queries()]
     named = set().union(*map(names_in, queries))
     assert len(named) > 30
     assert named - shown == set()
+    assert {re.split(r"[{ ]", name)[0] for name in shown} - documented() == set()
