@@ -33,7 +33,7 @@ from gateways.kafka.records import ConsumedRecord, Reason
 from gateways.kafka.retained import Retained
 from gateways.kafka.thread_counters import thread_counters
 from mqtt_trio.errors import StartError
-from mqtt_trio.gateway import GatewayHost, Message, Rank, TapRoute, wait_for_room, wait_until_kept
+from mqtt_trio.gateway import GatewayHost, Hold, Message, Rank, TapRoute, wait_for_room, wait_until_kept
 
 log = logging.getLogger("gateways.kafka.bus")
 
@@ -135,13 +135,13 @@ class Bus:
     def _slot(self, topic_name: str) -> Slot:
         return self.sender.slot(topic_name, self._facts(self.settings.topic))
 
-    def _retain(self, message: Message) -> None:
-        """Write a message with RETAIN 1 to mqtt.retained as well."""
+    def _retain(self, message: Message, waited_for: bool) -> Hold | None:
+        """Write a message with RETAIN 1 to mqtt.retained as well; see `Retained.take`."""
         full = self.window.full or self.window_qos0.full
         if message.qos == 0 and full and not self.retained.waits(message.topic_name):
             self.retained.dropped += 1
-            return
-        self.retained.take(message)
+            return None
+        return self.retained.take(message, waited_for=waited_for)
 
     # --- out
 

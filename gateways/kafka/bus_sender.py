@@ -26,7 +26,7 @@ from gateways.kafka.dead_letters import DeadLetters
 from gateways.kafka.dlq import Stage
 from gateways.kafka.partitions import partition_for
 from gateways.kafka.records import Reason, Record, was_closed
-from mqtt_trio.gateway import GatewayHost, Message
+from mqtt_trio.gateway import GatewayHost, Hold, Message
 
 log = logging.getLogger("gateways.kafka.bus")
 
@@ -44,7 +44,7 @@ class BusSender:
 
     Attributes:
       armed: the linger runs already.
-      retain: called with each message that is to be retained.
+      retain: called with each message that is to be retained, and whether whoever brings it waits for that.
       after_ship: called behind each linger.
     """
 
@@ -67,7 +67,7 @@ class BusSender:
         self.partitions = settings.partitions
         self.armed = False
         self.ending = False
-        self.retain: Callable[[Message], None]
+        self.retain: Callable[[Message, bool], Hold | None]
         self.after_ship: Callable[[], None]
         self.sent_messages = self.sent_records = self.failed_messages = 0
         self.unconfirmed = 0

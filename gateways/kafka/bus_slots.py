@@ -12,7 +12,7 @@ import attrs
 
 from gateways.kafka.bus_records import RUN_OVERHEAD, Item, messages_of
 from gateways.kafka.stream_records import OutsideMessage
-from mqtt_trio.gateway import Answer, FrameRun, Hold, Message
+from mqtt_trio.gateway import Answer, FrameRun, Hold, Message, Refused
 
 if TYPE_CHECKING:
     from gateways.kafka.bus_sender import BusSender
@@ -25,6 +25,21 @@ SURE: Final = 0x8000
 """Bit of the streams of QoS 1 and 2."""
 HANDED: Final = 0x4000
 """Bit of those of them that are passed on, for share groups alone."""
+
+
+def both(one: Hold | None, other: Hold | None) -> Hold | None:
+    """Return what is let go when both are."""
+    if one is None or other is None:
+        return other if one is None else one
+    answer = Hold(kept=one.kept and other.kept)
+
+    def look() -> None:
+        if one.released and other.released:
+            answer.release(one.refused or other.refused)
+
+    one.when_released(look)
+    other.when_released(look)
+    return answer
 
 
 @attrs.define
@@ -85,12 +100,13 @@ class Slot:
         sender = self._sender
         size = len(item) + RUN_OVERHEAD
         if message.qos:
-            answer = self.sure.take(item, size, waited_for=isinstance(message, OutsideMessage))
-            if message.retain and not (answer is not None and not isinstance(answer, Hold)):
-                sender.retain(message)
+            waited_for = isinstance(message, OutsideMessage)
+            answer = self.sure.take(item, size, waited_for=waited_for)
+            if message.retain and not isinstance(answer, Refused):
+                answer = both(answer, sender.retain(message, waited_for))
             return answer
         if message.retain:
-            sender.retain(message)
+            sender.retain(message, False)
         return self.take_packed(item, 1, 0)
 
     def take_packed(self, item: bytes, count: int, qos: int) -> Answer:

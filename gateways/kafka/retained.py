@@ -19,13 +19,14 @@ from __future__ import annotations
 
 import logging
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Final
 
 import attrs
 import trio
 
+from gateways.kafka.bus_answers import FAILED
 from gateways.kafka.bus_records import (
     FORMAT_VERSION,
     NUMBER,
@@ -45,7 +46,7 @@ from gateways.kafka.dlq import Stage
 from gateways.kafka.partitions import partition_for
 from gateways.kafka.records import ConsumedRecord, Reason, Record, was_closed
 from gateways.kafka.retained_marks import RetainedMarks
-from mqtt_trio.gateway import GatewayHost, LocalClient, Message, wait_until_kept
+from mqtt_trio.gateway import GatewayHost, Hold, LocalClient, Message, ReasonCode, wait_until_kept
 
 log = logging.getLogger("gateways.kafka.retained")
 
@@ -114,6 +115,8 @@ class Retained:
         self._offer = offer
         self._window = window
         self._began = False
+        self._holds: dict[bytes, list[Hold]] = {}
+        """Without a store: of who waits until Kafka has the newest message of a topic."""
         self._sequences: dict[int, int] = {}
         self._read_back: dict[int, int] = {}
         self._offsets: dict[int, int] = {}
@@ -156,14 +159,22 @@ class Retained:
                 continue
             del self._own[key]
             self._marks.forget(key)
+            self._release(self._holds.pop(key, ()))
             for waiting in (self.pending, self._marks.fresh):
                 if (message := waiting.pop(key, None)) is not None:
                     self._window.settle(0, size_of(message))
             if own.is_outdated:
                 self.local.set_retained(own.ignored)
 
-    def take(self, message: Message) -> None:
-        """Take a message with RETAIN 1. It leaves once the session store, if there is one, knows of it."""
+    def take(self, message: Message, *, waited_for: bool = False) -> Hold | None:
+        """Take a message with RETAIN 1. It leaves once the session store, if there is one, knows of it.
+
+        What is returned is let go when a kill of this node does not take it from the others any more: the store has its
+        mark, or, without a store, Kafka has it. That is for what is `waited_for` in any case, and for what removes a
+        message: where this node has none to remove, nothing else of it is in the commit that its publisher waits for.
+        """
+        marks = self._marks
+        hold = Hold(kept=marks.keeps) if waited_for or (marks.keeps and message.qos and not message.payload) else None
         key = message.topic_name.encode()
         own = self._own.get(key)
         if own is None:
@@ -171,14 +182,17 @@ class Retained:
             self._own[key] = own = OwnRecord(message, seen)
         else:
             own.newest, own.sequence, own.is_outdated = message, 0, False
-        if self._marks.keeps:
-            before = self._marks.fresh.get(key)
-            self._marks.add(key, message, own.seen)
+        if marks.keeps:
+            before = marks.fresh.get(key)
+            marks.add(key, message, own.seen, hold)
         else:
             before = self.pending.get(key)
             self.pending[key] = message
+            if hold is not None:
+                self._holds.setdefault(key, []).append(hold)
         self._window.add(0, size_of(message) - (size_of(before) if before is not None else 0))
         self.arm()
+        return hold
 
     def waits(self, topic_name: str) -> bool:
         """Whether a message of the topic waits, and would give way to a newer one."""
@@ -223,6 +237,7 @@ class Retained:
         sequence = self._sequences.get(number, 0) + 1
         value: bytes | None = None
         own = self._own[key]
+        holds = self._holds.pop(key, ())  # this is the newest one: those of the ones that it replaced wait for it
         node_id, instance_id = self._host.node_id, self._host.instance_id
         if message.payload:  # an empty one removes the message [MQTT5-3.3.1-6]: a tombstone
             try:
@@ -234,6 +249,7 @@ class Retained:
                     del self._own[key]
                     self._marks.forget(key)
                 self._window.settle(0, size_of(message))
+                self._release(holds)
                 return
             if len(value) + len(key) > self.maximum_size:
                 self.too_large += 1
@@ -250,10 +266,15 @@ class Retained:
             (INSTANCE_HEADER, instance_id),
             (SEQUENCE_HEADER, SEQUENCE.pack(sequence)),
         )
-        done = partial(self._done, key, sequence, size_of(message))
+        done = partial(self._done, key, sequence, size_of(message), holds)
         self._offer(Record(self.topic, number, key, value, headers, int(message.published_at * 1000), done, messages=0))
 
-    def _done(self, key: bytes, sequence: int, size: int, failure: Exception | None) -> None:
+    @staticmethod
+    def _release(holds: Iterable[Hold], refused: ReasonCode | None = None) -> None:
+        for hold in holds:
+            hold.release(refused)
+
+    def _done(self, key: bytes, sequence: int, size: int, holds: Sequence[Hold], failure: Exception | None) -> None:
         self.outstanding -= 1
         self._window.settle(0, size)
         own = self._own.get(key)
@@ -262,6 +283,7 @@ class Retained:
             self.sent += 1
             if is_newest:
                 self._marks.forget(key)
+            self._release(holds)
         elif self._marks.keeps and was_closed(failure):
             return  # the producer was closed, nobody knows: the next process goes by the mark
         else:
@@ -270,6 +292,7 @@ class Retained:
                 self.unconfirmed += 1
             else:
                 log.warning("retained message of topic %r is on this node only: %s", key.decode(), failure)
+                self._release(holds, FAILED)
             if own is not None and is_newest:
                 del self._own[key]
                 self._marks.forget(key)

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import logging
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Final
 
 import attrs
 
 from gateways.kafka.bus_records import BusRecordError, decode_items, encode_message
-from mqtt_trio.gateway import GatewayHost, LocalClient, Message
+from mqtt_trio.gateway import GatewayHost, Hold, LocalClient, Message
 
 log = logging.getLogger("gateways.kafka.retained")
 
@@ -54,6 +54,8 @@ class RetainedMarks:
         self._local = local
         self._marked = marked
         self._seen: dict[bytes, int] = {}
+        self._holds: list[Hold] = []
+        """Of who waits until what is fresh is in the store."""
         self._gone: dict[str, bytes | None] = {}
         self._committing = 0
         self._found = dict(host.marks or {})
@@ -75,10 +77,12 @@ class RetainedMarks:
                 log.error("what was retained last may not reach the other nodes: %s", exc)  # noqa: TRY400
         return owed
 
-    def add(self, key: bytes, message: Message, seen: int) -> None:
-        """Mark a topic in the next commit."""
+    def add(self, key: bytes, message: Message, seen: int, hold: Hold | None = None) -> None:
+        """Mark a topic in the next commit, and let `hold` go behind it."""
         self.fresh[key] = message
         self._seen[key] = seen
+        if hold is not None:
+            self._holds.append(hold)
 
     def forget(self, key: bytes) -> None:
         """Kafka has the newest message of a topic, or never will."""
@@ -95,6 +99,7 @@ class RetainedMarks:
         changed, self._gone = self._gone, {}
         fresh, self.fresh = self.fresh, {}
         seen, self._seen = self._seen, {}
+        holds, self._holds = self._holds, []
         for key, message in fresh.items():
             try:
                 changed[MARKS + key.decode()] = HEAD.pack(VERSION, seen[key]) + encode_message(message)
@@ -102,12 +107,14 @@ class RetainedMarks:
                 changed[MARKS + key.decode()] = None  # no record can hold it either: whoever ships it says so
         if fresh:
             self._committing += 1
-            self._local.when_kept(partial(self._committed, fresh))
+            self._local.when_kept(partial(self._committed, fresh, holds))
         return changed
 
-    def _committed(self, fresh: Mapping[bytes, Message]) -> None:
+    def _committed(self, fresh: Mapping[bytes, Message], holds: Sequence[Hold]) -> None:
         self._committing -= 1
         self._marked(fresh)
+        for hold in holds:
+            hold.release()
 
 
 def _decode(topic: str, mark: bytes) -> Owed:
