@@ -41,6 +41,7 @@ from mqtt_trio.server.sqlite_store import FILE_NAME, SqliteStore, Synchronous
 from mqtt_trio.server.storage import Storage
 from mqtt_trio.server.timers import DeadlineTimer, SysTopicsTimer
 from mqtt_trio.summary import ArchiveSummary, Running, summary
+from mqtt_trio.unfinished import refuse_unfinished
 
 if TYPE_CHECKING:
     from mqtt_trio.server.poller import Poller
@@ -118,6 +119,8 @@ class Node:
             self._build()
             if self.storage is not None:
                 await self.storage.load()
+            await self._refuse_unfinished()
+            if self.storage is not None:
                 services.start_soon(self.storage.run)
             for gateway in self.gateways.values():
                 await services.start(_run_gateway, gateway, self.host)
@@ -134,6 +137,11 @@ class Node:
                 await self.stopping.wait()
                 await self._shut_down(accepting.cancel_scope)
             services.cancel_scope.cancel()
+
+    async def _refuse_unfinished(self) -> None:
+        """Raises StartError: a store is what an unfinished rebuild left."""
+        marks, path = self.broker.journal.marks, self.loaded.path
+        await trio.to_thread.run_sync(refuse_unfinished, self.options, marks, path)
 
     def _build(self) -> None:
         """Make gateways and archive groups."""

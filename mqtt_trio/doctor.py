@@ -21,6 +21,7 @@ from mqtt_trio.gateway import Finding, Verdict
 from mqtt_trio.server.sqlite_store import FILE_NAME
 from mqtt_trio.server.store_doctor import check_store_file
 from mqtt_trio.server.tls import TlsOptions, TlsServer
+from mqtt_trio.unfinished import commands, unfinished
 
 ROWS: Final = " rows, checksums right"
 """Ends what the check of a store says about each table."""
@@ -43,8 +44,10 @@ def examine(loaded: LoadedConfig) -> Iterator[Finding]:
     """Yield what is found as it is found."""
     options = loaded.options
     yield from _directory(options.persistence.path)
+    marks: dict[str, bytes] = {}
     if options.persistence.store == "SQLITE":
-        yield from _store(options.persistence.path / FILE_NAME)
+        yield from _store(options.persistence.path / FILE_NAME, marks)
+    yield from _unfinished(loaded, marks)
     yield from _spools(options.persistence.path)
     for index, listener in enumerate(options.listeners):
         yield from _certificate(listener.tls, f"Listeners[{index}].Tls")
@@ -75,7 +78,8 @@ def _directory(path: Path) -> Iterator[Finding]:
     yield Finding(verdict, about, text, "" if free > LITTLE else "a full disk refuses QoS 1 and 2 messages")
 
 
-def _store(path: Path) -> Iterator[Finding]:
+def _store(path: Path, marks: dict[str, bytes]) -> Iterator[Finding]:
+    """`marks` becomes those of the store."""
     about = f"session store {path}"
     if not path.is_file():
         if path.exists():
@@ -89,6 +93,7 @@ def _store(path: Path) -> Iterator[Finding]:
         in_use = "is in use by process" in str(exc)
         yield Finding(Verdict.NOTE if in_use else Verdict.PROBLEM, about, f"not checked: {exc}")
         return
+    marks.update(report.marks)
     rows = [line.removesuffix(ROWS) for line in report.lines if line.endswith(ROWS)]
     lines = [line.removeprefix(f"{path}: ") for line in report.lines if not line.endswith(ROWS)]
     facts = "; ".join([*lines, f"checksums are right of {', '.join(rows)}"] if rows else lines)
@@ -96,6 +101,15 @@ def _store(path: Path) -> Iterator[Finding]:
     mend = "the next start keeps what is readable and sets the file aside (docs/reliability.md)"
     for problem in report.problems:
         yield Finding(Verdict.PROBLEM, about, problem, mend)
+
+
+def _unfinished(loaded: LoadedConfig, marks: dict[str, bytes]) -> Iterator[Finding]:
+    try:
+        for each in unfinished(loaded.options, marks):
+            text = f"a rebuild was not finished: {each.missing} records of {each.progress.source} to go"
+            yield Finding(Verdict.PROBLEM, each.name, text, commands([each], loaded.path)[0])
+    except StoreError as exc:
+        yield Finding(Verdict.PROBLEM, "rebuild", str(exc))
 
 
 def _spools(directory: Path) -> Iterator[Finding]:

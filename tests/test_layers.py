@@ -35,7 +35,7 @@ MAY_IMPORT = {
 package only re-exports public names; no layer imports through it.
 """
 
-PART_OF = dict.fromkeys(("doctor", "event_log", "host", "logs", "monitor", "summary"), "app")
+PART_OF = dict.fromkeys(("doctor", "event_log", "host", "logs", "monitor", "summary", "unfinished"), "app")
 """Modules of their own that belong to a layer with another name."""
 
 VERSION = "__version__"

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import quote
 
 import attrs
 
-from mqtt_trio.archive.sqlite_file import ArchiveFile, ForeignFileError, MessageTooLargeError
+from mqtt_trio.archive.sqlite_file import ArchiveFile, ForeignFileError, MessageTooLargeError, noted_progress
 from mqtt_trio.archive.store import Entry, NotEmptyError, Progress
 from mqtt_trio.broker.message import Message
 from mqtt_trio.errors import StoreError
@@ -40,6 +42,32 @@ def decode_progress(text: str) -> Progress:
         return Progress(source=str(table["source"]), identity=str(table["identity"]), **parts)
     except (KeyError, TypeError, AttributeError) as exc:
         raise ValueError(f"no progress of a rebuild: {exc}") from None
+
+
+def unfinished_history(path: Path) -> Progress | None:
+    """Return how far an unfinished rebuild of a group's file has come. None: there is none, or no such file, or it
+    cannot be read, which whoever opens it says better.
+
+    Raises:
+      StoreError: what the rebuild noted is no progress.
+    """
+    if not path.is_file():
+        return None
+    # Without a log nothing but the file is looked at, and nothing is made beside it.
+    how = "mode=ro" if os.path.lexists(f"{path}-wal") else "mode=ro&immutable=1"
+    try:
+        with closing(sqlite3.connect(f"file:{quote(str(path.absolute()))}?{how}", timeout=1.0, uri=True)) as db:
+            text = noted_progress(db)
+    except (sqlite3.Error, UnicodeDecodeError):
+        return None
+    return None if text is None else _read_progress(text, path)
+
+
+def _read_progress(text: str, path: Path) -> Progress:
+    try:
+        return decode_progress(text)
+    except ValueError as exc:
+        raise StoreError(f"archive store {path}: {exc}; remove the file and begin anew") from None
 
 
 def advanced(progress: Progress, entries: Iterable[Entry]) -> Progress:
@@ -86,10 +114,7 @@ class HistoryTarget:
                 "another place with --set Persistence.Path=DIR"
             )
         if text is not None:
-            try:
-                self._progress = decode_progress(text)
-            except ValueError as exc:
-                raise StoreError(f"archive store {self.path}: {exc}; remove the file and begin anew") from None
+            self._progress = _read_progress(text, self.path)
         return self._progress
 
     def _refuse_shared_file(self) -> None:

@@ -112,6 +112,15 @@ def cost_of(message: Message) -> int:
     return size if size < PAGE // 4 else size + PAGE  # a row that spills over has pages of its own
 
 
+def noted_progress(db: sqlite3.Connection) -> str | None:
+    """Return what an unfinished rebuild noted in a file; None: there is none."""
+    found = db.execute("SELECT name FROM sqlite_schema WHERE name = 'rebuild'").fetchone()
+    if found is None:
+        return None
+    (progress,) = db.execute("SELECT progress FROM rebuild").fetchone()
+    return str(progress)
+
+
 def create_private(path: Path) -> None:
     """Make an empty file that only its owner may read, 0600, where there is none: the messages in it are nobody else's.
     SQLite takes it for a new database and gives its log the same mode. One that is there keeps its mode."""
@@ -237,11 +246,7 @@ class ArchiveFile:
 
     def rebuild_progress(self) -> str | None:
         """Return what an unfinished rebuild noted; None: there is none."""
-        found = self._db.execute("SELECT name FROM sqlite_schema WHERE name = 'rebuild'").fetchone()
-        if found is None:
-            return None
-        (progress,) = self._db.execute("SELECT progress FROM rebuild").fetchone()
-        return str(progress)
+        return noted_progress(self._db)
 
     def begin_rebuild(self, progress: str) -> None:
         """Note that a rebuild has begun, in a table that `finish_rebuild` removes."""

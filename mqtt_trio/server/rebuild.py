@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -19,6 +19,20 @@ from mqtt_trio.server.sqlite_store import SqliteStore
 
 MARK: Final = "rebuild"
 """Name of the mark that holds how far it has come; there is none once it is finished."""
+
+
+def unfinished_retained(path: Path, marks: Mapping[str, bytes]) -> Progress | None:
+    """Return how far an unfinished rebuild of the session store at `path` has come, by its marks; None: there is none.
+
+    Raises:
+      StoreError: what the rebuild noted is no progress.
+    """
+    if (mark := marks.get(MARK)) is None:
+        return None
+    try:
+        return decode_progress(mark.decode())
+    except ValueError as exc:
+        raise StoreError(f"session store {path}: {exc}; remove the file and begin anew") from None
 
 
 @attrs.define(kw_only=True)
@@ -44,14 +58,10 @@ class RetainedTarget:
         """See `RebuildTarget.open`."""
         self._store = SqliteStore(self.path, synchronous="NORMAL")
         state = self._store.load()
-        mark = state.marks.get(MARK)
-        if mark is None:
+        self._progress = unfinished_retained(self.path, state.marks)
+        if self._progress is None:
             self._refuse_contents(state)
             return None
-        try:
-            self._progress = decode_progress(mark.decode())
-        except ValueError as exc:
-            raise StoreError(f"session store {self.path}: {exc}; remove the file and begin anew") from None
         self._published = {row[0]: (row[3], None) for row in state.retained}
         return self._progress
 

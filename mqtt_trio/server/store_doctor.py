@@ -39,6 +39,8 @@ class StoreReport:
     """Facts, one a line, for people."""
     problems: list[str] = attrs.Factory(list)
     """What is wrong, one a line; empty when the file is sound."""
+    marks: dict[str, bytes] = attrs.Factory(dict)
+    """What gateways and a rebuild noted in it."""
 
 
 def check_store_file(path: Path) -> StoreReport:
@@ -133,3 +135,4 @@ def _check(db: sqlite3.Connection, report: StoreReport, frames: int) -> None:
     contents = read_contents(db)
     report.lines += [f"{name}: {count} rows, checksums right" for name, count in contents.counts().items()]
     report.problems += contents.losses()
+    report.marks = contents.state.marks

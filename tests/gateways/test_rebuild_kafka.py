@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import subprocess
+import sys
 import time
 from contextlib import closing
 from pathlib import Path
@@ -52,7 +53,11 @@ async def test_it_equals_the_original_although_it_was_killed_half_way(kafka: Kaf
     for _ in range(2):
         counts.append(await trio.to_thread.run_sync(run_and_kill, config, topic, history, counts[-1]))
     assert 0 < counts[1] < counts[2] < COUNT
-    done = await trio.to_thread.run_sync(finish, config, topic)
+    refused = await trio.to_thread.run_sync(serve, config)
+    assert refused.returncode == 1, refused.stderr
+    told = f"`mqtt-trio rebuild --config {config} --from {topic} --retained --group {GROUP}`"
+    assert f"Go on with {told}. " in refused.stderr
+    done = await trio.to_thread.run_sync(finish, config, topic, "--retained", "--group", GROUP)
     assert done.returncode == 0, done.stderr
     assert f"An unfinished rebuild from Kafka topic {topic} goes on." in done.stderr
     assert "%" not in done.stderr, "a progress bar, though nobody sees it"
@@ -66,8 +71,13 @@ async def test_it_equals_the_original_although_it_was_killed_half_way(kafka: Kaf
     assert_equal(original, data)
 
 
-def finish(config: Path, topic: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(config, topic), capture_output=True, text=True, timeout=LIMIT, check=False)
+def finish(config: Path, topic: str, *more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*command(config, topic), *more], capture_output=True, text=True, timeout=LIMIT, check=False)
+
+
+def serve(config: Path) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "mqtt_trio", "serve", "--config", str(config), "--port", "0"]
+    return subprocess.run(line, capture_output=True, text=True, timeout=LIMIT, check=False)
 
 
 def assert_equal(original: Original, data: Path) -> None:
