@@ -14,6 +14,8 @@ FOLDER: Final = Path(__file__).parent.parent.parent / "mqtt_trio" / "monitoring"
 RULES: Final = FOLDER / "alerts.yml"
 DASHBOARD: Final = FOLDER / "dashboard.json"
 NAME: Final = re.compile(r"\b(?:mqtt_trio|process)_[a-z0-9_]+")
+LABEL: Final = re.compile(r"\{\{\s*(\w+)\s*\}\}")
+COUNTED: Final = re.compile(r"\b(?:rate|increase)\((\w+)")
 
 
 def alerts() -> dict[str, dict[str, Any]]:
@@ -35,6 +37,18 @@ def dashboard_queries() -> Iterator[str]:
     for variable in board["templating"]["list"]:
         if variable["type"] == "query":
             yield variable["query"]["query"]
+
+
+def panel_targets() -> Iterator[tuple[str, str, set[str]]]:
+    """Yield panel, query and the labels that its legend shows, of each line of the dashboard."""
+    for panel in json.loads(DASHBOARD.read_text())["panels"]:
+        for target in panel.get("targets", []):
+            yield panel["title"], target["expr"], set(LABEL.findall(target["legendFormat"]))
+
+
+def as_grafana_asks(query: str, interval: str = "1m", instance: str = ".+") -> str:
+    """Return a query with the variables of the dashboard filled in; `.+` is what "All" stands for."""
+    return query.replace("$__rate_interval", interval).replace("$instance", instance)
 
 
 def names_in(expression: str) -> set[str]:

@@ -11,7 +11,7 @@ import pytest
 
 from tests.kafka_support import KafkaNode
 from tests.monitoring.figures_page import documented
-from tests.monitoring.rules import alerts, dashboard_queries, names_in
+from tests.monitoring.rules import alerts, as_grafana_asks, dashboard_queries, names_in, panel_targets
 from tests.monitoring.stage import Stage, open_stage
 
 pytestmark = [pytest.mark.kafka, pytest.mark.interop]
@@ -25,6 +25,7 @@ async def test_alerts(own_kafka: KafkaNode, tmp_path: Path) -> None:
     async with open_stage(own_kafka.servers, tmp_path) as stage:
         await stage.healthy(HEALTHY)
         await names_exist(stage)
+        await dashboard_shows(stage)
         waited, lag = await stage.stop_reading(STOP)
         assert lag == pytest.approx(waited, rel=0.1)
         await stage.fill_bus()
@@ -47,3 +48,17 @@ async def names_exist(stage: Stage) -> None:
     assert len(named) > 30
     assert named - shown == set()
     assert {re.split(r"[{ ]", name)[0] for name in shown} - documented() == set()
+
+
+async def dashboard_shows(stage: Stage) -> None:
+    """Prometheus answers each query of the dashboard, for both nodes, with the labels that the legend shows."""
+    for panel, query, legend in panel_targets():
+        found = await stage.watch.ask(as_grafana_asks(query, "10s"))
+        assert found, f"{panel}: nothing comes of {query}"
+        for sample in found:
+            assert legend <= sample["metric"].keys(), f"{panel}: {query}"
+    nodes = {sample["metric"]["instance"] for sample in await stage.watch.ask("mqtt_trio_info")}
+    assert len(nodes) == 2
+    for node in nodes:
+        query = as_grafana_asks('mqtt_trio_ready{instance=~"$instance"}', instance=node)
+        assert len(await stage.watch.ask(query)) == 1, "one node can be chosen"

@@ -4,6 +4,7 @@ name is shown by a node (tests/monitoring/test_alerts_live.py) and told by docs/
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from pathlib import Path
 from typing import Any, Final
@@ -12,7 +13,16 @@ import attrs
 import pytest
 import yaml
 
-from tests.monitoring.rules import DASHBOARD, RULES, alerts, dashboard_queries, names_in
+from tests.monitoring.rules import (
+    COUNTED,
+    DASHBOARD,
+    RULES,
+    alerts,
+    as_grafana_asks,
+    dashboard_queries,
+    names_in,
+    panel_targets,
+)
 
 LABELS: Final = 'job="mqtt-trio",instance="n:8080"'
 READER: Final = f'{LABELS},client="bus-reader"'
@@ -186,7 +196,7 @@ def test_each_rule_fires_and_is_silent(tmp_path: Path) -> None:
 def test_prometheus_takes_the_rules_and_the_queries_of_the_dashboard(tmp_path: Path) -> None:
     assert f"SUCCESS: {len(alerts())} rules found" in promtool("check", "rules", str(RULES))
     recorded = [
-        {"record": f"query_{number}", "expr": query.replace("$__rate_interval", "1m").replace("$instance", "x")}
+        {"record": f"query_{number}", "expr": as_grafana_asks(query)}
         for number, query in enumerate(dashboard_queries())
         if not query.startswith("label_values(")
     ]
@@ -201,6 +211,41 @@ def test_every_rule_says_what_is_wrong_and_stands_in_the_guide() -> None:
         assert rule["annotations"]["summary"], name
         assert rule["labels"]["severity"] in ("warning", "critical"), name
         assert f"`{name}`" in guide, name
+
+
+def test_what_a_rule_says_names_labels_that_its_alert_has() -> None:
+    """A label that is not there would be an empty place in the text."""
+    for name, rule in alerts().items():
+        said = set(re.findall(r"\$labels\.(\w+)", " ".join(rule["annotations"].values())))
+        for case in CASES[name]:
+            if case.fires:
+                assert said <= {"job", "instance", "severity", *case.more}, name
+
+
+def test_counters_are_shown_as_rates_and_nothing_else_is() -> None:
+    queries = [*(rule["expr"] for rule in alerts().values()), *(query for _, query, _ in panel_targets())]
+    for query in queries:
+        counted = set(COUNTED.findall(query))
+        assert counted == {name for name in names_in(query) if name.endswith("_total")}, query
+
+
+def test_every_query_of_the_dashboard_is_of_the_chosen_nodes() -> None:
+    for panel, query, legend in panel_targets():
+        assert query.count('{instance=~"$instance"}') == len(names_in(query)) == 1, panel
+        assert "instance" in legend, panel
+
+
+def test_grafana_finds_the_data_source_everywhere() -> None:
+    board = json.loads(DASHBOARD.read_text())
+    source = {"type": "prometheus", "uid": "${datasource}"}
+    variables = {variable["name"] for variable in board["templating"]["list"]}
+    used = set(re.findall(r"\$\{?([a-z]\w*)", DASHBOARD.read_text()))
+    assert used == variables, "variables that are not defined, or not used"
+    for panel in board["panels"]:
+        targets = panel.get("targets", [])
+        assert panel["type"] == "row" or panel["datasource"] == source
+        assert all(target["datasource"] == source for target in targets)
+        assert len({target["refId"] for target in targets}) == len(targets), panel["title"]
 
 
 def test_the_dashboard_is_whole() -> None:
