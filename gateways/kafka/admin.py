@@ -17,6 +17,7 @@ from kafka import KafkaConsumer, TopicPartition
 from kafka.admin import ConfigResource, ConfigResourceType, KafkaAdminClient, OffsetSpec, OffsetTimestamp
 from kafka.structs import OffsetAndMetadata
 
+from gateways.kafka.cluster import one_line
 from gateways.kafka.discretion import hide
 from gateways.kafka.groups import GroupState
 from gateways.kafka.options import KafkaOptions
@@ -127,7 +128,7 @@ def _taken(group: GroupState) -> GatewayError:
 
 def words_of(exc: BaseException) -> str:
     """Return what an exception of kafka-python says, on one line and without secrets."""
-    return hide(" ".join(f"{type(exc).__name__}: {exc}".split()).removesuffix(":"))
+    return hide(one_line(exc).removesuffix(":"))
 
 
 class Admin:

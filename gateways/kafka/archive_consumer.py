@@ -16,6 +16,7 @@ from attrs.validators import ge, in_, le, matches_re, optional
 
 from gateways.kafka.archived import FORMATS, ArchivedMessage, archived_message
 from gateways.kafka.cluster import Cluster
+from gateways.kafka.handover import TrioThread
 from gateways.kafka.lag import Behind
 from gateways.kafka.member import Member, MemberConsumerLike, Refusals, Taken
 from gateways.kafka.options import TOPIC_NAME, KafkaOptions
@@ -113,12 +114,12 @@ class ArchiveConsumer:
     _in_hand: list[Taken] = attrs.field(factory=list, init=False)
     _news: trio.Event = attrs.field(factory=trio.Event, init=False)
     _ended: trio.Event = attrs.field(factory=trio.Event, init=False)
-    _token: trio.lowlevel.TrioToken | None = attrs.field(default=None, init=False)
+    _trio_thread: TrioThread = attrs.field(factory=TrioThread, init=False)
 
     async def __aenter__(self) -> ArchiveConsumer:
         if self._member is not None:
             raise RuntimeError("an ArchiveConsumer is used once")
-        self._token = trio.lowlevel.current_trio_token()
+        self._trio_thread.enter()
         member = self._member = self._make_member()
         member.on_records, member.on_stored = self._take, self._tell
         member.read = reader_of(self.format, self._schemas()).read
@@ -193,10 +194,10 @@ class ArchiveConsumer:
         self._tell()
 
     def _tell(self) -> None:
-        self._soon(self._wake)
+        self._trio_thread.soon(self._wake)  # where Trio has ended, the thread was left behind
 
     def _thread_ended(self, outcome: Any) -> None:
-        self._soon(partial(self._note_end, outcome))
+        self._trio_thread.soon(partial(self._note_end, outcome))
 
     def _note_end(self, outcome: Any) -> None:
         try:
@@ -207,13 +208,6 @@ class ArchiveConsumer:
             member.error = GatewayError(f"the Kafka consumer's thread failed: {exc}", retriable=False)
         self._ended.set()
         self._wake()
-
-    def _soon(self, callback: Callable[[], None]) -> None:
-        assert self._token is not None
-        try:
-            self._token.run_sync_soon(callback, idempotent=True)
-        except trio.RunFinishedError:
-            pass  # left behind
 
     def _wake(self) -> None:
         self._news.set()

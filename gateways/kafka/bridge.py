@@ -1,4 +1,5 @@
-"""The Trio half of the bridge: a bounded window towards the feeder thread, lists of records from the poller thread.
+"""The Trio half of the bridge: a bounded window towards the feeder thread, lists of records from the poller thread (by
+way of `handover`).
 
 Costs decide the shape: a hop per record takes 50 µs and more, a deque with one wake per burst 0.4 µs.
 """
@@ -7,26 +8,26 @@ from __future__ import annotations
 
 import itertools
 import logging
-import threading
-import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Final
+from typing import Final
 
+import attrs
 import trio
 
 from gateways.kafka.cluster import Cluster
 from gateways.kafka.exposed import ClientReport
 from gateways.kafka.feeder import Feeder
 from gateways.kafka.generation import Faults, ProducerLike
+from gateways.kafka.handover import Give, Handover, TrioThread
 from gateways.kafka.lag import Behind
 from gateways.kafka.options import KafkaOptions
 from gateways.kafka.poller import Assignment, Began, ConsumerLike, Partition, Poller
 from gateways.kafka.records import ConsumedRecord as ConsumedRecord
 from gateways.kafka.records import Record as Record
 from gateways.kafka.records import RecordRefusedError
-from gateways.kafka.watchdog import Watchdog
+from gateways.kafka.watchdog import DEPOSE_WAIT, Watchdog
 from mqtt_trio.errors import GatewayError
 
 log = logging.getLogger("gateways.kafka")
@@ -35,8 +36,6 @@ COLLECT_LINGER: Final = 0.002
 """Seconds from the first outcome of a watched record to the look at all that came by then."""
 DRAIN_LIMIT: Final = 2000
 """Outcomes that one drain handles before other tasks get their turn."""
-DEPOSE_WAIT: Final = 0.05
-"""Seconds that a thread which turns out not to hang gets to take its hands off everything."""
 CLOSE_GRACE: Final = 1.0
 """Seconds that a cancelled `stop` still waits for its thread."""
 SLOTS: Final = 8
@@ -47,6 +46,7 @@ def nothing(*_arguments: object) -> None:
     """Do nothing: the hook that is not set."""
 
 
+@attrs.define(eq=False, repr=False, slots=False)
 class ProducerBridge:
     """One kafka-python producer in threads of its own, fed from the Trio thread.
 
@@ -62,52 +62,57 @@ class ProducerBridge:
       outstanding_records, outstanding_bytes: offered and without an outcome.
     """
 
-    def __init__(
-        self,
-        options: KafkaOptions,
-        cluster: Cluster,
-        *,
-        name: str,
-        compression: str | None,
-        window_records: int,
-        window_bytes: int,
-        linger_ms: int = 5,
-        lazy: bool = False,
-        open_producer: Callable[[], ProducerLike] | None = None,
-        faults: Faults | None = None,
-    ) -> None:
-        """`name` stands in logs and client ids; `linger_ms` is the producer's (0 where records are packed already);
-        `lazy`: connect when there is something to send; `open_producer` and `faults` are for tests."""
-        self.name = name
-        self.cluster = cluster
-        cluster.clients[name] = self
+    _options: KafkaOptions
+    cluster: Cluster
+    name: str = attrs.field(kw_only=True)
+    """Stands in logs and client ids."""
+    _compression: str | None = attrs.field(kw_only=True)
+    _window_records: int = attrs.field(kw_only=True)
+    _window_bytes: int = attrs.field(kw_only=True)
+    _linger_ms: int = attrs.field(default=5, kw_only=True)
+    """The producer's; 0 where records are packed already."""
+    _lazy: bool = attrs.field(default=False, kw_only=True)
+    """Connect when there is something to send."""
+    _open_producer: Callable[[], ProducerLike] | None = attrs.field(default=None, kw_only=True)
+    _faults: Faults | None = attrs.field(default=None, kw_only=True)
+    """These two are for tests."""
+
+    def __attrs_post_init__(self) -> None:
+        self.cluster.clients[self.name] = self
         self.after_drain: Callable[[], None] = nothing
         self.on_refused: Callable[[Record, RecordRefusedError], None] = nothing
         self.collectors: list[Callable[[], None]] = []
         self.full = False
         self.outstanding_records = self.outstanding_bytes = 0
-        self._window_records, self._window_bytes = window_records, window_bytes
         self._sent = self._sent_messages = self._failed = 0
         self._room_waiters: deque[Callable[[], None]] = deque()
         self._outcomes: deque[tuple[Record, Exception | None]] = deque()
         self._drain_is_due = self._collection_is_due = False
         self._collects = trio.Event()
-        self._token: trio.lowlevel.TrioToken | None = None
+        self._trio_thread = TrioThread()
         self._ended = trio.Event()
         self._closed = False
+        self._feeder = self._make_feeder()
+        self._inbox = self._feeder.inbox
+        self._watchdog = Watchdog(f"producer {self.name}", self._replace_feeder)
+
+    def _make_feeder(self) -> Feeder:
+        open_producer, faults = self._open_producer, self._faults
         if open_producer is None or faults is None:
             from gateways.kafka import workers
 
-            open_it = partial(workers.Producer, options, name, compression, linger_ms)
-            open_producer = partial(cluster.when_let_in, open_it)
-            faults = workers
-        timeout = options.effective_delivery_timeout
-        self._make_feeder = partial(
-            Feeder, name, open_producer, faults, cluster, self._settle, delivery_timeout=timeout, lazy=lazy
+            open_it = partial(workers.Producer, self._options, self.name, self._compression, self._linger_ms)
+            open_producer, faults = partial(self.cluster.when_let_in, open_it), workers
+        return Feeder(
+            self.name,
+            open_producer,
+            faults,
+            self.cluster,
+            self._settle,
+            delivery_timeout=self._options.effective_delivery_timeout,
+            lazy=self._lazy,
+            on_end=self._feeder_ended,
         )
-        self._feeder = self._make_feeder(on_end=self._feeder_ended)
-        self._inbox = self._feeder.inbox
-        self._watchdog = Watchdog(f"producer {name}", self._replace_feeder)
 
     def offer(self, record: Record) -> None:
         """Take `record`, behind all records before it. Never blocks, never refuses: the caller looks at `full`."""
@@ -160,7 +165,7 @@ class ProducerBridge:
 
         Cancelled, the thread is told to close at once and left to do so.
         """
-        self._token = trio.lowlevel.current_trio_token()
+        self._trio_thread.enter()
         task_status.started()
         try:
             async with trio.open_nursery() as nursery:
@@ -199,7 +204,7 @@ class ProducerBridge:
         """Let another thread have what a hanging one has; what that one was sending may be there twice then."""
         feeder.depose()
         await trio.sleep(DEPOSE_WAIT)
-        successor = self._make_feeder(on_end=self._feeder_ended)
+        successor = self._make_feeder()
         successor.succeed(feeder)
         self._feeder, self._inbox = successor, successor.inbox
         return successor
@@ -207,7 +212,7 @@ class ProducerBridge:
     async def stop(self) -> None:
         """Send what was offered, close. Bounded by the caller's cancel scope: cancelled, the producer is closed by
         force and every record without an outcome gets `done(GatewayError)`. Idempotent."""
-        if self._token is None:
+        if not self._trio_thread.is_known:
             self._feeder.abort()
             self._feeder.fail_rest()
             self._drain()
@@ -260,11 +265,7 @@ class ProducerBridge:
             self._soon(self._drain)
 
     def _soon(self, callback: Callable[[], object]) -> None:
-        if self._token is not None:
-            try:
-                self._token.run_sync_soon(callback, idempotent=True)
-            except trio.RunFinishedError:
-                pass  # the process is ending; nobody waits for outcomes any more
+        self._trio_thread.soon(callback)  # where the process is ending, nobody waits for outcomes any more
 
     def _drain(self) -> None:
         """Hand out the outcomes that came (Trio thread)."""
@@ -315,10 +316,11 @@ class ProducerBridge:
             self._room_waiters.popleft()()
 
 
+@attrs.define(eq=False, repr=False)
 class ConsumerBridge:
     """One kafka-python consumer in a thread of its own, by manual assignment of all partitions of some topics.
 
-    It is no member of a group; positions live in the bridge, also across rebuilds.
+    It is no member of a group; positions live in its reader (`poller`), also across rebuilds.
 
     Attributes:
       positions_known: set when the first position of every partition is known: nothing published from now on is missed.
@@ -328,42 +330,50 @@ class ConsumerBridge:
       on_another: called with topic and identity in front of the first record of a topic that was made again.
     """
 
-    def __init__(
-        self,
-        options: KafkaOptions,
-        cluster: Cluster,
-        assignments: Sequence[Assignment],
-        on_records: Callable[[list[ConsumedRecord]], None],
-        *,
-        name: str = "bus",
-        group: str | None = None,
-        on_positions_known: Callable[[], None] = nothing,
-        on_caught_up: Callable[[], None] = nothing,
-        open_consumer: Callable[[], ConsumerLike] | None = None,
-    ) -> None:
-        """`on_records` is called on the Trio thread with bounded lists (about 128 KiB), per partition in order;
-        `assignments` are pairs of a topic and where to begin; `group` is where `commit` stores offsets; `open_consumer`
-        is for tests."""
-        self.name = name
-        cluster.clients[name] = self
-        self.positions_known = trio.Event()
-        self.caught_up = trio.Event()
-        self.room: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint
-        self.on_another: Callable[[str, str | None], None] = nothing
-        self._on_records = on_records
-        self._items: deque[Any] = deque()
-        self._slots = threading.BoundedSemaphore(SLOTS)
-        self._arrived = trio.Event()
-        self._token: trio.lowlevel.TrioToken | None = None
+    _options: KafkaOptions
+    _cluster: Cluster
+    _assignments: Sequence[Assignment]
+    """Pairs of a topic and where to begin."""
+    _on_records: Callable[[list[ConsumedRecord]], None]
+    """Called on the Trio thread with bounded lists (about 128 KiB), per partition in order."""
+    name: str = attrs.field(default="bus", kw_only=True)
+    _group: str | None = attrs.field(default=None, kw_only=True)
+    """Where `commit` stores offsets."""
+    _on_positions_known: Callable[[], None] = attrs.field(default=nothing, kw_only=True)
+    _on_caught_up: Callable[[], None] = attrs.field(default=nothing, kw_only=True)
+    _open_consumer: Callable[[], ConsumerLike] | None = attrs.field(default=None, kw_only=True)
+    """For tests."""
+
+    positions_known: trio.Event = attrs.field(factory=trio.Event, init=False)
+    caught_up: trio.Event = attrs.field(factory=trio.Event, init=False)
+    room: Callable[[], Awaitable[None]] = attrs.field(default=trio.lowlevel.checkpoint, init=False)
+    on_another: Callable[[str, str | None], None] = attrs.field(default=nothing, init=False)
+    _handover: Handover[Poller, list[ConsumedRecord]] = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._cluster.clients[self.name] = self
+        self._handover = Handover(self.name, self._make_poller, self._on_records, SLOTS)
+        self._handover.room = self._wait_for_room
+
+    def _wait_for_room(self) -> Awaitable[None]:
+        return self.room()
+
+    def _make_poller(self, hand_over: Give[Poller, list[ConsumedRecord]]) -> Poller:
+        open_consumer = self._open_consumer
         if open_consumer is None:
             from gateways.kafka import workers
 
-            open_consumer = partial(cluster.when_let_in, partial(workers.Consumer, options, name, group))
-        self._poller = Poller(name, open_consumer, cluster, assignments, self._hand_over)
-        self._poller.on_positions_known = partial(self._reached, self.positions_known, on_positions_known)
-        self._poller.on_caught_up = partial(self._reached, self.caught_up, on_caught_up)
-        self._poller.on_another = self._another
-        self._watchdog = Watchdog(f"consumer {name}", self._replace_poller)
+            open_it = partial(workers.Consumer, self._options, self.name, self._group)
+            open_consumer = partial(self._cluster.when_let_in, open_it)
+        poller = Poller(self.name, open_consumer, self._cluster, self._assignments, hand_over)
+        poller.on_positions_known = partial(self._reached, self.positions_known, self._on_positions_known)
+        poller.on_caught_up = partial(self._reached, self.caught_up, self._on_caught_up)
+        poller.on_another = self._another
+        return poller
+
+    @property
+    def _poller(self) -> Poller:
+        return self._handover.reader
 
     def expect(self, topic: str, identity: str) -> None:
         """The checkpoint of `topic` is of the one with this identity: another one is read from its beginning. Before
@@ -388,52 +398,7 @@ class ConsumerBridge:
         Raises:
           whatever `on_records` raises.
         """
-        self._token = trio.lowlevel.current_trio_token()
-        try:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._watchdog.run, self._poller)
-                task_status.started()
-                await self._deliver()
-        finally:
-            self._poller.abort()
-
-    async def _replace_poller(self, poller: Poller) -> Poller:
-        """Let another thread read on where a hanging one is; a list that it was handing over may come twice."""
-        poller.abort()
-        await trio.sleep(DEPOSE_WAIT)
-        self._poller = poller.successor()
-        return self._poller
-
-    async def _deliver(self) -> None:
-        while True:
-            while self._items:
-                if not callable(self._items[0]):
-                    await self.room()
-                item = self._items.popleft()
-                self._slots.release()
-                if callable(item):
-                    item()
-                else:
-                    self._on_records(item)
-                await trio.lowlevel.checkpoint()
-            self._arrived = trio.Event()
-            if not self._items:  # what came before the new event was made woke nobody
-                await self._arrived.wait()
-
-    def _hand_over(self, poller: Poller, item: Any) -> bool:
-        """Queue `item` for the Trio thread; wait a moment for room (poller's thread)."""
-        if poller is not self._poller or not self._slots.acquire(timeout=0.2):
-            return False
-        self._items.append(item)
-        if self._token is not None:
-            try:
-                self._token.run_sync_soon(self._wake, idempotent=True)
-            except trio.RunFinishedError:
-                poller.abort()
-        return True
-
-    def _wake(self) -> None:
-        self._arrived.set()
+        await self._handover.run(task_status=task_status)
 
     @property
     def began(self) -> Mapping[Partition, Began]:
@@ -446,31 +411,13 @@ class ConsumerBridge:
 
     def lag(self) -> dict[Partition, Behind]:
         """Return how far `on_records` is behind Kafka in each partition, as of the last second."""
-        while True:
-            try:
-                queued = tuple(self._items)
-                break
-            except RuntimeError:  # the poller's thread appended meanwhile
-                continue
-        lists = [item for item in queued if not callable(item)]
+        lists = self._handover.waiting()
         return self._poller.figures.lag.behind(itertools.chain(*lists, self._poller.waiting()))
 
     def report(self) -> ClientReport:
         """Say how the consumer fares."""
-        figures = self._poller.figures
-        return ClientReport(
-            kind="consumer",
-            figures=figures.client,
-            lag=self.lag(),
-            skew=figures.lag.skew,
-            failed_fetches=figures.failures.total,
-            failed_fetch_rate=figures.failures.rate(time.monotonic()),
-        )
+        return self._poller.figures.report(self.lag())
 
     def counters(self) -> dict[str, int]:
         """Return what happened since the start."""
-        return {
-            "records_received": self._poller.received,
-            "rebuilds": self._poller.rebuilds,
-            **self._watchdog.counters(),
-        }
+        return {"records_received": self._poller.received, **self._handover.counters()}

@@ -35,6 +35,11 @@ class TopicFacts:
     """Records without a key are refused."""
 
 
+def one_line(exc: object) -> str:
+    """Return what an exception says, on one line."""
+    return " ".join(f"{type(exc).__name__}: {exc}".split())
+
+
 class AwayError(Exception):
     """Kafka does not let us in; the text says why."""
 

@@ -17,6 +17,7 @@ from typing import Any, Final, Protocol, TypeAlias
 
 import attrs
 
+from gateways.kafka.cluster import one_line
 from gateways.kafka.dlq import ID_HEADER, REDRIVEN_HEADER, DeadLetter, LostRecord
 from gateways.kafka.partitions import partition_for
 from gateways.kafka.records import Record
@@ -156,7 +157,7 @@ class Notes:
                 self.error = str(exc)
                 return
             if outcome is not None and isinstance(outcome[1], BaseException):
-                self.error = words_of(outcome[1])
+                self.error = one_line(outcome[1])
 
 
 class Writer:
@@ -247,7 +248,7 @@ class Writer:
                     self._count(one.letter.id, outcome)
                     continue
                 strikes[topic] += 1
-                self._fail(words_of(found[1]) if found is not None else "")
+                self._fail(one_line(found[1]) if found is not None else "")
                 stack.close()
                 stream = None
 
@@ -263,8 +264,3 @@ class Writer:
     def _fail(self, error: str) -> None:
         self.errors[error] += 1
         self._progress(1)
-
-
-def words_of(exc: object) -> str:
-    """Return what an exception says, on one line."""
-    return " ".join(f"{type(exc).__name__}: {exc}".split())

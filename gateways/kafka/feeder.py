@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Final
 
 from gateways.kafka.client_metrics import NO_FIGURES
-from gateways.kafka.cluster import Cluster
+from gateways.kafka.cluster import Cluster, one_line
 from gateways.kafka.generation import Faults, Generation, ProducerLike
 from gateways.kafka.parking import Parking
 from gateways.kafka.partitions import partition_for
@@ -381,16 +381,16 @@ class Feeder:
         elif isinstance(exc, TopicGoneError):
             log.warning("Kafka producer %s is replaced: %s", self.name, exc)
         elif self._faults.is_fault_of_record(exc):
-            log.warning("Kafka producer %s is replaced, Kafka refused a record: %s", self.name, describe(exc))
+            log.warning("Kafka producer %s is replaced, Kafka refused a record: %s", self.name, one_line(exc))
         elif generation.confirmed and not isinstance(exc, TimeoutError):
-            log.warning("Kafka producer %s is replaced: %s", self.name, describe(exc))
+            log.warning("Kafka producer %s is replaced: %s", self.name, one_line(exc))
         else:
             self._report_away(exc)
 
     def _report_away(self, exc: BaseException) -> None:
         if not self._away:
             self._away = True
-            self._cluster.away(self.name, self._cluster.probe() or describe(exc))
+            self._cluster.away(self.name, self._cluster.probe() or one_line(exc))
 
     def fail_rest(self) -> None:
         """Give everything that is left its outcome; nothing is left after an end in peace."""
@@ -402,8 +402,3 @@ class Feeder:
                 error = GatewayError("closed before Kafka confirmed the record", retriable=True)
                 record.settle(error)
                 self._settle(record, error)
-
-
-def describe(exc: BaseException) -> str:
-    """Return an exception as one line."""
-    return " ".join(f"{type(exc).__name__}: {exc}".split())

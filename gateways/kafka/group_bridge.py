@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import logging
-import threading
-import time
-from collections import deque
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import Any, Final
+from typing import Final
 
+import attrs
 import trio
 
-from gateways.kafka.bridge import CLOSE_GRACE, DEPOSE_WAIT
+from gateways.kafka.bridge import CLOSE_GRACE
 from gateways.kafka.cluster import Cluster
 from gateways.kafka.exposed import ClientReport
 from gateways.kafka.group_poller import GroupPoller, Handed, MemberLike, Membership
+from gateways.kafka.handover import Give, Handover
+from gateways.kafka.lag import Partition
 from gateways.kafka.options import KafkaOptions
-from gateways.kafka.poller import Partition
-from gateways.kafka.watchdog import Watchdog
-
-log = logging.getLogger("gateways.kafka")
 
 SLOTS: Final = 4
 """Lists of records that wait for the Trio thread; then nothing more is fetched, and the membership goes on."""
@@ -28,6 +23,7 @@ HAND_OVER_WAIT: Final = 0.1
 """Seconds that the poller waits for a slot before it polls again."""
 
 
+@attrs.define(eq=False, repr=False)
 class GroupBridge:
     """One kafka-python consumer in a thread of its own, a member of a group.
 
@@ -36,38 +32,43 @@ class GroupBridge:
       room: awaited before each list of records.
     """
 
-    def __init__(
-        self,
-        options: KafkaOptions,
-        cluster: Cluster,
-        topic: str,
-        group: str,
-        on_records: Callable[[Handed], None],
-        *,
-        name: str,
-        open_consumer: Callable[[Membership], MemberLike] | None = None,
-    ) -> None:
-        """`on_records` is called on the Trio thread; `open_consumer` is for tests."""
-        self.name = name
-        cluster.clients[name] = self
-        self.joined = trio.Event()
-        self.room: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint
-        self._on_records = on_records
-        self._items: deque[Handed] = deque()
-        self._slots = threading.BoundedSemaphore(SLOTS)
-        self._arrived = trio.Event()
-        self._ended = trio.Event()
-        self._token: trio.lowlevel.TrioToken | None = None
-        if open_consumer is None:
-            from gateways.kafka.stream_consumer import StreamConsumer
+    _options: KafkaOptions
+    _cluster: Cluster
+    _topic: str
+    _group: str
+    _on_records: Callable[[Handed], None]
+    """Called on the Trio thread."""
+    name: str = attrs.field(kw_only=True)
+    _open_consumer: Callable[[Membership], MemberLike] | None = attrs.field(default=None, kw_only=True)
+    """For tests."""
 
-            def open_it(membership: Membership) -> MemberLike:
-                return cluster.when_let_in(partial(StreamConsumer, options, name, group, topic, membership))
+    joined: trio.Event = attrs.field(factory=trio.Event, init=False)
+    room: Callable[[], Awaitable[None]] = attrs.field(default=trio.lowlevel.checkpoint, init=False)
+    _handover: Handover[GroupPoller, Handed] = attrs.field(init=False)
 
-            open_consumer = open_it
-        self._poller = GroupPoller(name, topic, open_consumer, cluster, self._hand_over)
-        self._poller.on_joined = self._note_joined
-        self._watchdog = Watchdog(f"consumer {name}", self._replace_poller)
+    def __attrs_post_init__(self) -> None:
+        self._cluster.clients[self.name] = self
+        self._handover = Handover(self.name, self._make_poller, self._on_records, SLOTS, HAND_OVER_WAIT)
+        self._handover.room = self._wait_for_room
+
+    def _wait_for_room(self) -> Awaitable[None]:
+        return self.room()
+
+    def _make_poller(self, hand_over: Give[GroupPoller, Handed]) -> GroupPoller:
+        open_consumer = self._open_consumer or self._open_real_one
+        poller = GroupPoller(self.name, self._topic, open_consumer, self._cluster, hand_over)
+        poller.on_joined = self._note_joined
+        return poller
+
+    def _open_real_one(self, membership: Membership) -> MemberLike:
+        from gateways.kafka.stream_consumer import StreamConsumer
+
+        make = partial(StreamConsumer, self._options, self.name, self._group, self._topic, membership)
+        return self._cluster.when_let_in(make)
+
+    @property
+    def _poller(self) -> GroupPoller:
+        return self._handover.reader
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Own the poller thread until cancelled or stopped; `started()` at once, also while Kafka is away.
@@ -75,64 +76,19 @@ class GroupBridge:
         Raises:
           whatever `on_records` raises.
         """
-        self._token = trio.lowlevel.current_trio_token()
-        try:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._deliver)
-                task_status.started()
-                await self._watchdog.run(self._poller)
-                nursery.cancel_scope.cancel()
-        finally:
-            self._ended.set()
-            self._poller.abort()
+        await self._handover.run(task_status=task_status)
 
     async def stop(self) -> None:
         """Store the offsets of what is done with, leave the group. Bounded by the caller's cancel scope, and by itself:
         a thread that does not come back is left behind."""
         self._poller.abort()
-        if self._token is None or not self._poller.owned:
+        if not self._handover.trio_thread.is_known or not self._poller.owned:
             return  # there is nothing to store; it may be about to connect, which takes seconds
         with trio.move_on_after(4 * CLOSE_GRACE):
-            await self._ended.wait()
-
-    async def _replace_poller(self, poller: GroupPoller) -> GroupPoller:
-        poller.abort()
-        await trio.sleep(DEPOSE_WAIT)
-        self._poller = poller.successor()
-        return self._poller
-
-    async def _deliver(self) -> None:
-        while True:
-            while self._items:
-                await self.room()
-                item = self._items.popleft()
-                self._slots.release()
-                self._on_records(item)
-                await trio.lowlevel.checkpoint()
-            self._arrived = trio.Event()
-            if not self._items:  # what came before the new event was made woke nobody
-                await self._arrived.wait()
-
-    def _hand_over(self, poller: GroupPoller, item: Handed) -> bool:
-        """Queue `item` for the Trio thread; wait a moment for room (poller's thread)."""
-        if poller is not self._poller or not self._slots.acquire(timeout=HAND_OVER_WAIT):
-            return False
-        self._items.append(item)
-        self._soon(self._wake)
-        return True
-
-    def _wake(self) -> None:
-        self._arrived.set()
+            await self._handover.ended.wait()
 
     def _note_joined(self) -> None:
-        self._soon(self.joined.set)
-
-    def _soon(self, callback: Callable[[], Any]) -> None:
-        if self._token is not None:
-            try:
-                self._token.run_sync_soon(callback, idempotent=True)
-            except trio.RunFinishedError:
-                self._poller.abort()
+        self._handover.soon(self.joined.set)
 
     @property
     def owned(self) -> frozenset[Partition]:
@@ -141,16 +97,8 @@ class GroupBridge:
 
     def report(self) -> ClientReport:
         """Say how the consumer fares."""
-        figures = self._poller.figures
-        return ClientReport(
-            kind="consumer",
-            figures=figures.client,
-            lag=figures.lag.behind(),
-            skew=figures.lag.skew,
-            failed_fetches=figures.failures.total,
-            failed_fetch_rate=figures.failures.rate(time.monotonic()),
-        )
+        return self._poller.figures.report(self._poller.figures.lag.behind())
 
     def counters(self) -> dict[str, int]:
         """Return what happened since the start."""
-        return {"rebuilds": self._poller.rebuilds, **self._watchdog.counters()}
+        return self._handover.counters()

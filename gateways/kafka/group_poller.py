@@ -3,32 +3,24 @@
 Rebalances have one rule each way. What was handed over of a partition that is lost is dropped, unless it was delivered
 already; whoever gets the partition reads it from the stored offset. And what this process has delivered it does not
 deliver again, when the partition comes back. So only what a node had delivered and not stored can come twice.
+
+What this thread has in common with that of other readers is in `reader_thread`.
 """
 
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 import attrs
 
-from gateways.kafka.client_metrics import ClientFigures
 from gateways.kafka.cluster import Cluster
-from gateways.kafka.poller import (
-    CHUNK_BYTES,
-    CHUNK_RECORDS,
-    FIRST_BACKOFF,
-    LONGEST_BACKOFF,
-    POLL_TIMEOUT,
-    Ended,
-    Partition,
-    UnknownTopicError,
-)
-from gateways.kafka.reader_figures import LOOK_INTERVAL, ReaderFigures
+from gateways.kafka.lag import Partition
+from gateways.kafka.reader_figures import LOOK_INTERVAL
+from gateways.kafka.reader_thread import POLL_TIMEOUT, ReaderConsumer, ReaderThread, UnknownTopicError, chunks
 from gateways.kafka.records import ConsumedRecord
 
 log = logging.getLogger("gateways.kafka")
@@ -41,25 +33,17 @@ LAST_COMMIT: Final = 2.0
 """Seconds that the last commit may take."""
 
 
-class MemberLike(Protocol):
+class MemberLike(ReaderConsumer, Protocol):
     """What the poller needs of `stream_consumer.StreamConsumer`."""
 
-    def partitions(self, topic: str) -> list[int]: ...
     def identity(self, topic: str) -> object: ...
     def join(self) -> None: ...
     def owned(self) -> frozenset[Partition]: ...
     def poll(self, timeout: float, *, paused: bool) -> list[ConsumedRecord]: ...
-    def position(self, partition: Partition) -> int: ...
-    def highwater(self, partition: Partition) -> int | None: ...
-    def latest_ends(self, partitions: Sequence[Partition]) -> Mapping[Partition, int]: ...
-    def figures(self) -> ClientFigures: ...
     def store(
         self, offsets: Mapping[Partition, int], failed: Callable[[Mapping[Partition, int], Exception], None]
     ) -> None: ...
     def store_now(self, offsets: Mapping[Partition, int], timeout: float) -> None: ...
-    @property
-    def connected(self) -> bool: ...
-    def close(self) -> None: ...
 
 
 class Progress:
@@ -114,11 +98,11 @@ class Handed:
     progress: Progress
 
 
-class GroupPoller:
-    """Everything here runs in the poller's thread but `abort`. A `bridge.Poller` towards the bridge.
+class GroupPoller(ReaderThread[MemberLike]):
+    """Everything here runs in the poller's thread but `abort`, `break_off` and `successor`. When it is told to end, it
+    stores what is done with and leaves the group.
 
     Attributes:
-      figures: how far this node is behind in its share, and how its client fares.
       owned: this node's share, as of the last poll.
       on_joined: called once, when it has got one.
     """
@@ -129,83 +113,41 @@ class GroupPoller:
         topic: str,
         open_consumer: Callable[[Membership], MemberLike],
         cluster: Cluster,
-        hand_over: Callable[[Any, Any], bool],
+        hand_over: Callable[[GroupPoller, Handed], bool],
     ) -> None:
         """`hand_over` waits a moment for room and returns whether there was some."""
-        self.beat = time.monotonic()
-        self.doing = "starting"
-        self.name = name
-        self.figures = ReaderFigures(name)
+        super().__init__(name, cluster)
         self.owned: frozenset[Partition] = frozenset()
-        self.received = 0
-        self.rebuilds = 0
         self.progress = Progress()
         self.on_joined: Callable[[], None] | None = None
         self._topic = topic
         self._open_consumer = open_consumer
-        self._cluster = cluster
         self._hand_over = hand_over
-        self._consumer: MemberLike | None = None
         self._membership = Membership()
         self._identity: object = None
         self._known = False
         self._backlog: deque[Handed] = deque()
         self._stored: dict[Partition, int] = {}
         self._next_store = self._next_look = 0.0
-        self._halt = threading.Event()
-        self._backoff = FIRST_BACKOFF
-        self._away = False
         self._told = ""
         """Why it was replaced last, while that goes on."""
-
-    def abort(self) -> None:
-        """Store what is done with, leave the group, end soon. Any thread."""
-        self._halt.set()
 
     def successor(self) -> GroupPoller:
         """Return a poller in the place of this one, which hangs and was told to end."""
         self._membership.over = True
         other = GroupPoller(self.name, self._topic, self._open_consumer, self._cluster, self._hand_over)
-        other.received, other.rebuilds = self.received, self.rebuilds + 1
+        other._take_over(self)
         other.progress, other._identity, other.on_joined = self.progress, self._identity, self.on_joined
-        other.figures = self.figures
         return other
 
-    def break_off(self) -> None:
-        """Let the call end in which the thread hangs, if that is possible. Blocks: in a thread of its own."""
-        if self._consumer is not None:
-            self._consumer.close()
+    def _open(self) -> MemberLike:
+        self._membership = Membership(self.progress)
+        return self._open_consumer(self._membership)
 
-    def _alive(self, doing: str) -> None:
-        self.doing = doing
-        self.beat = time.monotonic()
-
-    def run(self) -> None:
-        """Serve until told to end."""
-        while not self._halt.is_set():
-            consumer: MemberLike | None = None
-            self._membership = Membership(self.progress)
-            self._alive("connecting")
-            try:
-                self._consumer = consumer = self._open_consumer(self._membership)
-                self._read(consumer)
-            except Ended:
-                return
-            except UnknownTopicError as exc:
-                log.debug("Kafka consumer %s waits: %s", self.name, exc)
-            except Exception as exc:
-                self._report(exc, opened=consumer is not None)
-            finally:
-                self._end(consumer)
-            self._alive("waiting to connect")
-            self._halt.wait(self._backoff)
-            self._backoff = min(self._backoff * 2, LONGEST_BACKOFF)
-
-    def _end(self, consumer: MemberLike | None) -> None:
+    def _close(self, consumer: MemberLike | None) -> None:
         """Store what is done with, leave the group."""
         self._alive("leaving its group")
         membership = self._membership
-        self._consumer = None
         self._backlog.clear()
         if consumer is not None:
             offsets = self._to_store()
@@ -215,35 +157,24 @@ class GroupPoller:
         membership.over = True
         self.owned = frozenset()
         self._stored = {}
-        self.figures.closed()
 
-    def _report(self, exc: Exception, *, opened: bool) -> None:
-        text = " ".join(f"{type(exc).__name__}: {exc}".split())
-        if self._consumer is not None:
-            self.figures.failed(self._consumer)
-        self.rebuilds += opened
-        reason = self._cluster.probe()
-        if reason is None and opened and not self._away and text != self._told:
-            self._told = text  # a right that it lacks is missing the next time as well
-            log.warning("Kafka consumer %s is replaced: %s", self.name, text)
-        if not opened or reason is not None:
-            self._away = True
-            self._cluster.away(self.name, reason or text)
+    def _is_news(self, text: str) -> bool:
+        told, self._told = self._told, text
+        return text != told  # a right that it lacks is missing the next time as well
 
     def _read(self, consumer: MemberLike) -> None:
         self._find_topic(consumer)
         consumer.join()
-        self._away = False
-        self._cluster.back(self.name)
+        self._note_back()
         while True:
             self._alive("waiting for records")
             full = bool(self._backlog)
             records = consumer.poll(FULL_POLL if full else POLL_TIMEOUT, paused=full)
-            if self._halt.is_set():
-                raise Ended
+            self._end_if_told()
             self._note_owned(consumer)
             if records:
-                self._backoff, self._told = FIRST_BACKOFF, ""
+                self._is_well()
+                self._told = ""
                 self._sort_in(records)
             self._alive("handing over")
             while self._backlog and self._hand_over(self, self._backlog[0]):
@@ -258,7 +189,7 @@ class GroupPoller:
             self._miss()
             raise UnknownTopicError(f"there is no topic {self._topic}")
         identity = consumer.identity(self._topic)
-        if self._identity is not None and identity is not None and identity != self._identity:
+        if self._is_other_topic(self._identity, identity):
             log.warning("Kafka topic %s was deleted and made again: it is read from its beginning", self._topic)
             self.progress = self._membership.progress = Progress()
         self._identity, self._known = identity, True
@@ -290,20 +221,10 @@ class GroupPoller:
     def _sort_in(self, records: list[ConsumedRecord]) -> None:
         """Queue records in lists of bounded size. Those of a partition that was lost while they were fetched are left
         out: the tenure is looked at behind the fetch."""
-        tenure, start, size = self._membership.tenure, 0, 0
+        tenure = self._membership.tenure
         mine = [record for record in records if (record.topic, record.partition) in self.owned]
-        for number, record in enumerate(mine):
-            size += len(record.value or b"")
-            if size >= CHUNK_BYTES or number - start + 1 >= CHUNK_RECORDS:
-                self._backlog.append(Handed(mine[start : number + 1], self._membership, tenure, self.progress))
-                start, size = number + 1, 0
-        if start < len(mine):
-            self._backlog.append(Handed(mine[start:], self._membership, tenure, self.progress))
-
-    def _note_handed(self, records: list[ConsumedRecord]) -> None:
-        self.received += len(records)
-        for partition, timestamp_ms in {(r.topic, r.partition): r.timestamp_ms for r in records}.items():
-            self.figures.lag.handed(partition, timestamp_ms)
+        for _, chunk in chunks(mine):
+            self._backlog.append(Handed(chunk, self._membership, tenure, self.progress))
 
     # Offsets
 
@@ -345,17 +266,11 @@ class GroupPoller:
     def _look_after(self, consumer: MemberLike) -> None:
         self._next_look = time.monotonic() + LOOK_INTERVAL
         self._measure(consumer)
-        if not consumer.connected:
-            if not self._away and (reason := self._cluster.probe()) is not None:
-                self._away = True
-                self._cluster.away(self.name, reason)
-        elif self._away:
-            self._away = False
-            self._cluster.back(self.name)
+        self._look_for_kafka(consumer)
         if not consumer.partitions(self._topic):
             self._miss()
             raise UnknownTopicError(f"there is no topic {self._topic} any more")
         identity = consumer.identity(self._topic)
-        if self._identity is not None and identity is not None and identity != self._identity:
+        if self._is_other_topic(self._identity, identity):
             raise UnknownTopicError(f"topic {self._topic} is another one now")
         self._identity = identity or self._identity

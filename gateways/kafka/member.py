@@ -16,10 +16,10 @@ from typing import Final, Protocol
 import attrs
 
 from gateways.kafka.client_metrics import ClientFigures
-from gateways.kafka.cluster import Cluster
-from gateways.kafka.lag import Behind
-from gateways.kafka.poller import FIRST_BACKOFF, LONGEST_BACKOFF, POLL_TIMEOUT, Partition
+from gateways.kafka.cluster import Cluster, one_line
+from gateways.kafka.lag import Behind, Partition
 from gateways.kafka.reader_figures import ReaderFigures
+from gateways.kafka.reader_thread import FIRST_BACKOFF, LONGEST_BACKOFF, POLL_TIMEOUT
 from gateways.kafka.reading import Archived, JsonReader, UnreadableError
 from gateways.kafka.records import ConsumedRecord
 from mqtt_trio.errors import GatewayError
@@ -115,11 +115,11 @@ class Member:
         """Partition -> epoch and offset to store."""
         self._reports = 0
         self._outstanding = 0
+        """Records that were handed over and neither processed nor given up."""
         self._handed: list[Taken] = []
         """What was handed over since nothing was outstanding; replaced, never changed."""
         self._done: dict[Partition, int] = {}
         """Behind the last record that was processed."""
-        """Records that were handed over and neither processed nor given up."""
         self._halt = False
         self._halt_by = 0.0
         self._attend_at = self._look_at = 0.0
@@ -220,8 +220,8 @@ class Member:
                     return
             except Exception as exc:
                 if self._refusals.is_denial(exc):
-                    text = " ".join(f"{type(exc).__name__}: {exc}".split())
-                    self.error = GatewayError(f"Kafka consumer {self.name} is refused: {text}", retriable=False)
+                    text = f"Kafka consumer {self.name} is refused: {one_line(exc)}"
+                    self.error = GatewayError(text, retriable=False)
                     return
                 if consumer is not None:
                     self.figures.failed(consumer)
@@ -251,7 +251,7 @@ class Member:
         return True
 
     def _report(self, exc: Exception, *, opened: bool) -> None:
-        text = " ".join(f"{type(exc).__name__}: {exc}".split())
+        text = one_line(exc)
         reason = self._cluster.probe()
         if opened and reason is None:
             log.warning("Kafka consumer %s is replaced: %s", self.name, text)

@@ -1,12 +1,12 @@
 """The thread that reads topics as a whole: all partitions by manual assignment, a group at most to store offsets in.
 
 Positions live here, so a consumer that fails or stalls is replaced by one that goes on at the same offsets.
+What this thread has in common with that of other readers is in `reader_thread`.
 """
 
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -14,9 +14,10 @@ from typing import Final, Literal, Protocol, TypeAlias
 
 import attrs
 
-from gateways.kafka.client_metrics import ClientFigures
 from gateways.kafka.cluster import Cluster
-from gateways.kafka.reader_figures import LOOK_INTERVAL, ReaderFigures
+from gateways.kafka.lag import Partition as Partition
+from gateways.kafka.reader_figures import LOOK_INTERVAL
+from gateways.kafka.reader_thread import POLL_TIMEOUT, ReaderConsumer, ReaderThread, UnknownTopicError, chunks
 from gateways.kafka.records import ConsumedRecord
 
 log = logging.getLogger("gateways.kafka")
@@ -25,20 +26,11 @@ From: TypeAlias = Literal["end", "beginning"] | Mapping[int, int]
 """Where to begin: or at a checkpoint, an offset for each partition. Partitions that it does not name came to be since:
 they are read from their beginning. Of an empty one, from the end."""
 Assignment: TypeAlias = tuple[str, From]
-Partition: TypeAlias = tuple[str, int]
 Item: TypeAlias = list[ConsumedRecord] | Callable[[], None]
 
-CHUNK_BYTES: Final = 128 * 1024
-CHUNK_RECORDS: Final = 256
-"""What the Trio thread handles before other tasks get their turn."""
-POLL_TIMEOUT: Final = 0.2
 BEGINNING: Final = -1
 STALL_TIMEOUT: Final = 30.0
 """Seconds without a record although Kafka has some, after which the consumer is replaced."""
-FIRST_BACKOFF: Final = 0.1
-LONGEST_BACKOFF: Final = 5.0
-
-
 COMMIT_NOTE: Final = "mqtt-trio "
 """What is stored with an offset: this and the offset. Tools that move an offset leave the note as it is, or away."""
 
@@ -58,43 +50,26 @@ class Began:
     """The checkpoint is of an earlier topic of that name."""
 
 
-class ConsumerLike(Protocol):
+class ConsumerLike(ReaderConsumer, Protocol):
     """What the poller needs of `workers.Consumer`."""
 
-    def partitions(self, topic: str) -> list[int]: ...
     def identity(self, topic: str) -> str | None: ...
     def first_offsets(self, partitions: Sequence[Partition]) -> Mapping[Partition, int]: ...
     def end_offsets(self, partitions: Sequence[Partition]) -> Mapping[Partition, int]: ...
-    def latest_ends(self, partitions: Sequence[Partition]) -> Mapping[Partition, int]: ...
-    def figures(self) -> ClientFigures: ...
     def assign(self, offsets: Mapping[Partition, int]) -> None: ...
     def poll(self, timeout: float) -> list[ConsumedRecord]: ...
-    def position(self, partition: Partition) -> int: ...
-    def highwater(self, partition: Partition) -> int | None: ...
     def committed(self, partitions: Sequence[Partition]) -> Mapping[Partition, tuple[int, str]]: ...
     def commit(self, offsets: Mapping[Partition, tuple[int, str]]) -> None: ...
-    @property
-    def connected(self) -> bool: ...
-    def close(self) -> None: ...
-
-
-class Ended(Exception):
-    """The poller was told to end."""
-
-
-class UnknownTopicError(Exception):
-    """A topic does not exist, or not yet."""
 
 
 class StalledError(Exception):
     """The consumer does not read what there is."""
 
 
-class Poller:
-    """Everything here runs in the poller's thread but `abort`.
+class Poller(ReaderThread[ConsumerLike]):
+    """Everything here runs in the poller's thread but `abort`, `break_off`, `successor` and `waiting`.
 
     Attributes:
-      figures: how far `hand_over` is behind Kafka, and how fetches fare.
       began: partitions that are read from a checkpoint or their end; complete when the positions are known.
       identities: topics as they were when their positions were taken: one that is made again has another identity. Set
         that of a checkpoint before the thread runs.
@@ -111,21 +86,14 @@ class Poller:
         hand_over: Callable[[Poller, Item], bool],
     ) -> None:
         """`hand_over` waits a moment for room and returns whether there was some."""
-        self.beat = time.monotonic()
-        self.doing = "starting"
-        self.name = name
-        self.figures = ReaderFigures(name)
-        self.received = 0
-        self.rebuilds = 0
+        super().__init__(name, cluster)
         self.began: dict[Partition, Began] = {}
         self.to_commit: Mapping[Partition, int] = {}
         self.on_positions_known: Callable[[], None] | None = None
         self.on_caught_up: Callable[[], None] | None = None
         self._open_consumer = open_consumer
-        self._cluster = cluster
         self._assignments = dict(assignments)
         self._hand_over = hand_over
-        self._consumer: ConsumerLike | None = None
         self._held: tuple[Sequence[ConsumedRecord], int] = ((), 0)
         """Records that are being handed over, and how many of them have been."""
         self._next: dict[Partition, int] = {}
@@ -139,76 +107,31 @@ class Poller:
         """Topics that are not those of their checkpoint."""
         self._targets: dict[Partition, int] | None = None
         """Where the partitions that are read from the beginning ended at the start; those not reached yet."""
-        self._halt = threading.Event()
-        self._backoff = FIRST_BACKOFF
-        self._away = False
         self._progress_at = 0.0
         self._next_look = 0.0
-
-    def abort(self) -> None:
-        """End soon. Any thread."""
-        self._halt.set()
 
     def successor(self) -> Poller:
         """Return a poller that goes on where this one is, which hangs and was told to end."""
         other = Poller(self.name, self._open_consumer, self._cluster, tuple(self._assignments.items()), self._hand_over)
-        other.figures, other.received, other.rebuilds = self.figures, self.received, self.rebuilds + 1
+        other._take_over(self)
         other.on_positions_known, other.on_caught_up = self.on_positions_known, self.on_caught_up
         other._next, other.identities, other._seen = dict(self._next), dict(self.identities), set(self._seen)
         other.on_another = self.on_another
         other._targets = None if self._targets is None else dict(self._targets)
         return other
 
-    def break_off(self) -> None:
-        """Let the call end in which the thread hangs, if that is possible. Blocks: in a thread of its own."""
-        if self._consumer is not None:
-            self._consumer.close()  # kafka-python's endless loop over a batch that it cannot read ends with that
+    def _open(self) -> ConsumerLike:
+        return self._open_consumer()
 
-    def _alive(self, doing: str) -> None:
-        self.doing = doing
-        self.beat = time.monotonic()
-
-    def run(self) -> None:
-        """Serve until told to end."""
-        while not self._halt.is_set():
-            consumer: ConsumerLike | None = None
-            self._alive("connecting")
-            try:
-                self._consumer = consumer = self._open_consumer()
-                self._read(consumer)
-            except Ended:
-                return
-            except UnknownTopicError as exc:
-                log.debug("Kafka consumer %s waits: %s", self.name, exc)
-            except Exception as exc:
-                if consumer is not None:
-                    self.figures.failed(consumer)
-                self._report(exc, opened=consumer is not None)
-            finally:
-                self._alive("closing its consumer")
-                self._consumer = None
-                self._held = ((), 0)
-                self.figures.closed()
-                if consumer is not None:
-                    consumer.close()
-            self._alive("waiting to connect")
-            self._halt.wait(self._backoff)
-            self._backoff = min(self._backoff * 2, LONGEST_BACKOFF)
-
-    def _report(self, exc: Exception, *, opened: bool) -> None:
-        text = " ".join(f"{type(exc).__name__}: {exc}".split())
-        self.rebuilds += opened
-        reason = self._cluster.probe()
-        if reason is None and opened and not self._away:
-            log.warning("Kafka consumer %s is replaced: %s", self.name, text)
-        if not opened or reason is not None:
-            self._away = True
-            self._cluster.away(self.name, reason or text)
+    def _close(self, consumer: ConsumerLike | None) -> None:
+        self._alive("closing its consumer")
+        self._held = ((), 0)
+        if consumer is not None:
+            consumer.close()
 
     def _read(self, consumer: ConsumerLike) -> None:
         self._assign(consumer)
-        self._away = False
-        self._cluster.back(self.name)
+        self._note_back()
         if self._targets is None:
             self._know_positions(consumer)
         elif self._targets_changed:
@@ -219,10 +142,9 @@ class Poller:
         while True:
             self._alive("waiting for records")
             records = consumer.poll(POLL_TIMEOUT)
-            if self._halt.is_set():
-                raise Ended
+            self._end_if_told()
             if records:
-                self._backoff = FIRST_BACKOFF
+                self._is_well()
                 self._pass_on(records)
                 self._progress_at = time.monotonic()
             if self._targets:
@@ -276,8 +198,7 @@ class Poller:
             self._cluster.want(topic)
 
     def _is_another(self, consumer: ConsumerLike, topic: str) -> bool:
-        known, now = self.identities.get(topic), consumer.identity(topic)
-        return known is not None and now is not None and known != now
+        return self._is_other_topic(self.identities.get(topic), consumer.identity(topic))
 
     def _begin_another(self, consumer: ConsumerLike, topic: str, start: From, partitions: Sequence[int]) -> From:
         """Return where to begin in a topic that was made again."""
@@ -354,31 +275,20 @@ class Poller:
 
     def _pass_on(self, records: list[ConsumedRecord]) -> None:
         """Hand records over in lists of bounded size; an offset counts as read once its list is handed over."""
-        start = size = 0
-        for number, record in enumerate(records):
-            size += len(record.value or b"")
-            if size >= CHUNK_BYTES or number - start + 1 >= CHUNK_RECORDS:
-                self._held = (records, start)
-                self._give_records(records[start : number + 1])
-                start, size = number + 1, 0
-        if start < len(records):
+        for start, chunk in chunks(records):
             self._held = (records, start)
-            self._give_records(records[start:])
+            self._give_records(chunk)
         self._held = ((), 0)
 
     def _give_records(self, records: list[ConsumedRecord]) -> None:
         self._give(records)
-        self.received += len(records)
-        last = {(record.topic, record.partition): record for record in records}
-        for partition, record in last.items():
-            self._next[partition] = record.offset + 1
-            self.figures.lag.handed(partition, record.timestamp_ms)
+        for partition, last in self._note_handed(records).items():
+            self._next[partition] = last.offset + 1
 
     def _give(self, item: Item) -> None:
         while not self._hand_over(self, item):
             self._alive("handing over")
-            if self._halt.is_set():
-                raise Ended
+            self._end_if_told()
             self._look_ahead()
         self._progress_at = time.monotonic()
 
@@ -391,11 +301,7 @@ class Poller:
         ends = {partition: consumer.highwater(partition) for partition in self._next}
         positions = {p: self._position(consumer, p, ends[p] or 0) for p in self._next}
         self.figures.look(consumer, positions, ends)
-        if not consumer.connected:
-            self._find_out()
-        elif self._away:
-            self._away = False
-            self._cluster.back(self.name)
+        self._look_for_kafka(consumer)
         unread = sum(max(0, (end or 0) - positions[p]) for p, end in ends.items() if positions[p] <= self._next[p])
         if unread and now - self._progress_at > STALL_TIMEOUT:
             raise StalledError(f"no record for {STALL_TIMEOUT:.0f} s although there are {unread}")
@@ -429,12 +335,6 @@ class Poller:
             consumer.commit({partition: (offset, f"{COMMIT_NOTE}{offset}") for partition, offset in offsets.items()})
         except Exception as exc:
             log.debug("Kafka consumer %s: offsets are not stored: %s", self.name, exc)
-
-    def _find_out(self) -> None:
-        """No connection stands: that is normal for a moment (an idle one was closed), so ask the servers."""
-        if not self._away and (reason := self._cluster.probe()) is not None:
-            self._away = True
-            self._cluster.away(self.name, reason)
 
     def _look_for_growth(self, consumer: ConsumerLike) -> None:
         """Read new partitions, and topics that were made again, as soon as the client knows of them.

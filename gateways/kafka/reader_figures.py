@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import Final, Protocol
 
 from gateways.kafka.client_metrics import NO_FIGURES, ClientFigures, FetchFailures
-from gateways.kafka.lag import Lag, Partition
+from gateways.kafka.exposed import ClientReport
+from gateways.kafka.lag import Behind, Lag, Partition
 
 log = logging.getLogger("gateways.kafka")
 
@@ -82,6 +83,17 @@ class ReaderFigures:
     def closed(self) -> None:
         """The client is no more."""
         self.client, self._counted = NO_FIGURES, 0
+
+    def report(self, lag: Mapping[Partition, Behind]) -> ClientReport:
+        """Say how the reader fares; `lag` is how far behind it is. Anybody."""
+        return ClientReport(
+            kind="consumer",
+            figures=self.client,
+            lag=lag,
+            skew=self.lag.skew,
+            failed_fetches=self.failures.total,
+            failed_fetch_rate=self.failures.rate(time.monotonic()),
+        )
 
     def _read(self, consumer: Measured) -> None:
         self.client = client = consumer.figures()

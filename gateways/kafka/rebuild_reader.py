@@ -9,22 +9,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Final, Protocol
 
 from gateways.kafka.records import ConsumedRecord
-from gateways.kafka.topic_reader import PATIENCE, POLL, Partition
-from mqtt_trio.errors import GatewayError
+from gateways.kafka.topic_reader import POLL, Partition, be_patient
+from gateways.kafka.topic_reader import ConsumerLike as PlainConsumer
 
 ENOUGH: Final = 1000
 ENOUGH_BYTES: Final = 1024 * 1024
 """Records of a partition, and bytes of them, that wait: from where on no more of it are fetched."""
 
 
-class ConsumerLike(Protocol):
+class ConsumerLike(PlainConsumer, Protocol):
     """What is needed of `workers.Consumer`."""
 
-    def assign(self, offsets: Mapping[Partition, int]) -> None: ...
     def pause(self, partitions: Sequence[Partition]) -> None: ...
     def resume(self, partitions: Sequence[Partition]) -> None: ...
-    def poll(self, timeout: float) -> list[ConsumedRecord]: ...
-    def position(self, partition: Partition) -> int: ...
 
 
 class MergingReader:
@@ -46,7 +43,7 @@ class MergingReader:
         self._paused: set[Partition] = set()
 
     def __iter__(self) -> Iterator[ConsumedRecord]:
-        """Raises GatewayError: nothing came for PATIENCE seconds."""
+        """Raises GatewayError: nothing came for `topic_reader.PATIENCE` seconds."""
         if not self._first:
             return
         self._consumer.assign(self._first)
@@ -80,9 +77,7 @@ class MergingReader:
                 # Markers of transactions and deleted records are no records: only the consumer knows that it passed.
                 if not self._waiting[partition] and self._consumer.position(partition) >= self._end[partition]:
                     self._unread.discard(partition)
-            if time.monotonic() - changed_at > PATIENCE:
-                names = ", ".join(f"{topic}-{number}" for topic, number in sorted(empty))
-                raise GatewayError(f"nothing comes from {names} any more: is its Kafka broker down?", retriable=True)
+            be_patient(changed_at, sorted(empty))
         return {p for p in lacking if self._waiting[p]}
 
     def _hold_back(self) -> None:

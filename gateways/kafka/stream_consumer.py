@@ -13,9 +13,9 @@ from typing import Final
 
 from kafka import TopicPartition
 
+from gateways.kafka.lag import Partition
 from gateways.kafka.member_consumer import GroupListener, MemberConsumer, pairs, stored
 from gateways.kafka.options import KafkaOptions
-from gateways.kafka.poller import Partition
 
 POSITION_TIMEOUT_MS: Final = 1000
 NotStored = Callable[[Mapping[Partition, int], Exception], None]

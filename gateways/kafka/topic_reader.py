@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Final, Protocol, TypeAlias
 
 from gateways.kafka.records import ConsumedRecord
@@ -50,9 +50,18 @@ def read_range(
                 left[p] = position
             if position >= end[p]:
                 del left[p]
-        if time.monotonic() - changed_at > PATIENCE:
-            names = ", ".join(f"{topic}-{number}" for topic, number in left)
-            raise GatewayError(f"nothing comes from {names} any more: is its Kafka broker down?", retriable=True)
+        be_patient(changed_at, left)
+
+
+def be_patient(since: float, partitions: Iterable[Partition]) -> None:
+    """Nothing has come from `partitions` since then (monotonic seconds).
+
+    Raises:
+      GatewayError: that is PATIENCE seconds ago.
+    """
+    if time.monotonic() - since > PATIENCE:
+        names = ", ".join(f"{topic}-{number}" for topic, number in partitions)
+        raise GatewayError(f"nothing comes from {names} any more: is its Kafka broker down?", retriable=True)
 
 
 def total(first: Mapping[Partition, int], end: Mapping[Partition, int]) -> int:

@@ -14,7 +14,7 @@ from typing import Final, Protocol
 import attrs
 import trio
 
-from gateways.kafka.cluster import DEFAULT_MAX_MESSAGE_BYTES, Cluster, TopicFacts
+from gateways.kafka.cluster import DEFAULT_MAX_MESSAGE_BYTES, Cluster, TopicFacts, one_line
 from gateways.kafka.options import KafkaOptions
 from gateways.kafka.records import Reason
 from gateways.kafka.topic_plan import DENIED, KafkaTools, TopicPlan, TopicState, differences
@@ -151,7 +151,7 @@ class TopicManager:
                 )
             except Exception as exc:
                 reason = await trio.to_thread.run_sync(self._cluster.probe, abandon_on_cancel=True)
-                self._cluster.away("topics", reason or " ".join(f"{type(exc).__name__}: {exc}".split()))
+                self._cluster.away("topics", reason or one_line(exc))
             else:
                 self._cluster.back("topics")
                 self._learn(plans, found)

@@ -25,6 +25,8 @@ MOST_LEFT: Final = 3
 """Threads of one kind that are left behind at the same time. Outcome: further ones are reported, not replaced."""
 REPORT_INTERVAL: Final = 60.0
 """Seconds between two lines about a thread that is not replaced."""
+DEPOSE_WAIT: Final = 0.05
+"""Seconds that a thread which turns out not to hang gets to take its hands off everything."""
 WAITING: Final = math.inf
 """The `beat` of a thread that waits for work."""
 

@@ -14,6 +14,7 @@ import trio
 from gateways.kafka.bridge import SLOTS, ConsumerBridge
 from gateways.kafka.client_metrics import ClientFigures
 from gateways.kafka.cluster import Cluster, TopicFacts
+from gateways.kafka.handover import Handover
 from gateways.kafka.options import KafkaOptions
 from gateways.kafka.poller import Poller
 from gateways.kafka.records import ConsumedRecord
@@ -250,15 +251,15 @@ def test_a_slow_reader_holds_the_poller_up() -> None:
 async def test_while_there_is_no_room_records_stay_in_kafka(monkeypatch: pytest.MonkeyPatch) -> None:
     values = [b"%d" % number for number in range(256 * 3 * SLOTS)]
     reading, room, asked = Reading({("kept", 0): values}), trio.Event(), 0
-    refused, hand_over = threading.Event(), ConsumerBridge._hand_over
+    refused, hand_over = threading.Event(), Handover.hand_over
 
-    def watched(self: ConsumerBridge, poller: Poller, item: Any) -> bool:
+    def watched(self: Handover[Poller, Any], poller: Poller, item: Any) -> bool:
         taken = hand_over(self, poller, item)
         if not taken:
             refused.set()
         return taken
 
-    monkeypatch.setattr(ConsumerBridge, "_hand_over", watched)
+    monkeypatch.setattr(Handover, "hand_over", watched)
     bridge = reading.bridge(("kept", "beginning"))
 
     async def wait() -> None:

@@ -13,7 +13,7 @@ from gateways.kafka.cluster import Cluster, TopicFacts
 from gateways.kafka.group_bridge import SLOTS, GroupBridge
 from gateways.kafka.group_poller import Handed
 from gateways.kafka.options import KafkaOptions
-from gateways.kafka.poller import CHUNK_RECORDS
+from gateways.kafka.reader_thread import CHUNK_RECORDS
 from tests.gateway_support import LIMIT, told
 from tests.gateways.memory_shares import TOPIC, MemoryGroup
 
@@ -158,7 +158,7 @@ async def test_an_error_that_goes_on_is_told_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Such as a right on the group that is missing."""
-    monkeypatch.setattr("gateways.kafka.group_poller.LONGEST_BACKOFF", 0.01)
+    monkeypatch.setattr("gateways.kafka.reader_thread.LONGEST_BACKOFF", 0.01)
     group = MemoryGroup({FIRST: [b"0"]}, faults=[RuntimeError("no right to read the group") for _ in range(5)])
     async with member(group) as one:
         await one.until(lambda: one.values == [b"0"])

@@ -292,7 +292,7 @@ def test_large_records_are_held_back_by_their_bytes() -> None:
 
 
 def test_a_silent_kafka_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gateways.kafka.rebuild_reader.PATIENCE", 0.01)
+    monkeypatch.setattr("gateways.kafka.topic_reader.PATIENCE", 0.01)
     consumer = FakeConsumer({0: [1]})
     with pytest.raises(GatewayError, match="nothing comes from t-0 any more"):
         list(MergingReader(consumer, {("t", 0): 0}, {("t", 0): 2}))  # type: ignore[arg-type]
