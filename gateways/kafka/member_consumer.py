@@ -165,8 +165,17 @@ class MemberConsumer:
         assignment = self._consumer.assignment()
         (self._consumer.pause if paused else self._consumer.resume)(*assignment)
         release_parked(self._consumer)
+        self._go_on_joining()
         found = self._consumer.poll(timeout_ms=int(timeout * 1000))
         return [consumed(record) for records in found.values() for record in records]
+
+    def _go_on_joining(self) -> None:
+        """Have a join finished that the last `poll` began. kafka-python forgets about it where that ended after the
+        leader had dealt out the shares of a topic that has grown, and before Kafka had answered: this member would
+        send no heartbeat any more, store no offset, and read on what is long another's."""
+        coordinator = self._consumer._coordinator
+        if coordinator.rejoining:
+            coordinator.request_rejoin()
 
     def commit(self, offsets: Mapping[Partition, int], timeout: float) -> None:
         """Store offsets; returns when Kafka has them.

@@ -8,7 +8,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 import kafka as client
@@ -17,7 +17,9 @@ import trio
 
 from gateways.kafka import ArchiveConsumer, ArchivedMessage
 from gateways.kafka.admin import Admin
+from gateways.kafka.lag import Partition
 from gateways.kafka.mapping import JsonMapper
+from gateways.kafka.member_consumer import MemberConsumer
 from gateways.kafka.options import KafkaOptions
 from gateways.kafka.topic_plan import TopicPlan
 from gateways.kafka.topics import survey
@@ -25,6 +27,7 @@ from gateways.kafka.workers import quiet_loggers
 from mqtt_trio.gateway import Message, MessageProperties
 from tests.gateway_support import LIMIT
 from tests.kafka_support import KafkaNode, unique_name
+from tests.lines import wait_until
 
 pytestmark = pytest.mark.kafka
 PARTITIONS = 4
@@ -284,3 +287,34 @@ def test_the_example_with_kafka_python(setting: Setting) -> None:
     assert ("skipped" in errors) == (sum(setting.committed().values()) == 11)
     assert process.returncode == 0
     assert sum(setting.committed().values()) in (10, 11)  # the garbage may lie behind what was waited for
+
+
+class NoListener:
+    """A member's listener that has nothing to store."""
+
+    def assigned(self, partitions: Sequence[Partition]) -> None: ...
+    def revoked(self, partitions: Sequence[Partition]) -> dict[Partition, int]:
+        return {}
+
+    def lost(self, partitions: Sequence[Partition]) -> None: ...
+
+
+def test_a_share_that_is_dealt_out_between_two_polls_is_taken(setting: Setting) -> None:
+    """The leader of a group joins anew because the topic has grown, and its `poll` ends while it waits for Kafka."""
+    member = MemberConsumer(setting.options, "member", setting.group, [setting.topic], NoListener())
+    coordinator = member._consumer._coordinator
+    try:
+        member.join()
+        while not coordinator.stable():
+            member.poll(0.1, paused=True)
+        while coordinator.stable():
+            coordinator._assignment_snapshot = {}  # as when its metadata are new
+            member.poll(0.001, paused=True)
+        wait_until(lambda: coordinator._join_task.is_done, "Kafka has dealt out the shares")
+        assert not coordinator.stable(), "it was not caught between two polls"
+        for _ in range(50):
+            if not coordinator.stable():
+                member.poll(0.1, paused=True)
+        member.commit({(setting.topic, 0): 0}, LIMIT)
+    finally:
+        member.close()
