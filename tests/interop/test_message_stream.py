@@ -204,6 +204,10 @@ def test_what_clients_publish_is_in_the_stream_once_and_comes_back_to_nobody(
             )
         wait_until(lambda: stream.is_done(62), "the group has read it all", JOIN_LIMIT)
         assert all(len(client.heard_so_far()) == 63 for client in clients)
+    # They measure once a second, and tell once a second what they measured last.
+    wait_until(
+        lambda: told_lags(stream) == set(range(PARTITIONS)), "the nodes told the lag of their shares", JOIN_LIMIT
+    )
     records = read_topic(stream.cluster.kafka, stream.messages)
     validator = Draft202012Validator(load_schema("mqtt_message.schema.json"))
     found: dict[str, list[bytes]] = {}
@@ -239,23 +243,30 @@ def test_what_clients_publish_is_in_the_stream_once_and_comes_back_to_nobody(
     assert totals["kafka.stream_messages_published"] == 1
 
 
+def told_metrics(stream: Stream) -> list[tuple[str, dict[str, Any]]]:
+    """Return the figures that the nodes have told, each behind the name of its node."""
+    return [
+        (record.key.decode(), json.loads(record.value)) for record in read_topic(stream.cluster.kafka, stream.metrics)
+    ]
+
+
+def told_lags(stream: Stream) -> set[int]:
+    """Return the partitions whose lag is in the last figures of any node."""
+    values = dict(told_metrics(stream)).values()
+    gauges = [one for value in values for one in value["gauges"] if one["name"] == "mqtt_trio_kafka_records_lag"]
+    return {int(one["labels"]["partition"]) for one in gauges if one["labels"]["topic"] == stream.messages}
+
+
 def check_metrics(stream: Stream, count: int) -> None:
     """Each node has told its figures, with the lag of what it reads by partition."""
     validator = Draft202012Validator(load_schema("mqtt_metrics.schema.json"))
-    last: dict[str, dict[str, Any]] = {}
-    records = read_topic(stream.cluster.kafka, stream.metrics)
-    for record in records:
-        value = json.loads(record.value)
+    told = told_metrics(stream)
+    for node_id, value in told:
         validator.validate(value)
-        last[record.key.decode()] = value
-    assert len(records) == count
-    assert last.keys() == {"node-a", "node-b"}
-    of_messages = set()
-    for node_id, value in last.items():
         assert value["brokerId"] == node_id
-        lags = [one["labels"] for one in value["gauges"] if one["name"] == "mqtt_trio_kafka_records_lag"]
-        of_messages |= {int(one["partition"]) for one in lags if one["topic"] == stream.messages}
-    assert of_messages == set(range(PARTITIONS))
+    assert len(told) == count
+    assert dict(told).keys() == {"node-a", "node-b"}
+    assert told_lags(stream) == set(range(PARTITIONS))
 
 
 def check_events(stream: Stream, topic: str) -> None:
