@@ -1,11 +1,13 @@
 -- Streams and tables of MQTT messages for ksqlDB [K15]: what examples/sensor_streams.py does, as queries.
 --
--- Written against ksqlDB's reference; the tests of this repository do not run it. They do run the program beside it.
+-- Written against ksqlDB's reference; the tests of this repository do not run it, they compare it with the schema of the
+-- records (gateways/kafka/schemas/mqtt_message.schema.json) and with the program beside it, which they do run.
 
 SET 'auto.offset.reset' = 'earliest';
 
--- One row for each record. The key is the MQTT topic, ROWTIME the publish time; the value's own timestamp is text (ISO
--- 8601) unless the group has TimestampFormat = "epoch_ms". Names match those of the JSON value in any case.
+-- One row for each record. The key is the MQTT topic (records of other programs may be without), ROWTIME the publish
+-- time; the value's own timestamp is text, ISO 8601, and so are the milliseconds that a group with TimestampFormat =
+-- "epoch_ms" writes to its topic, since numbers are read as text, too. Names match those of the JSON value in any case.
 CREATE STREAM mqtt_messages (
     mqtt_topic VARCHAR KEY,
     `timestamp` VARCHAR,
@@ -35,10 +37,10 @@ WHERE topic LIKE 'sensors/%'
 EMIT CHANGES;
 
 -- WINDOW stands between FROM and GROUP BY. The key of a windowed table is topic and window; WINDOWSTART and WINDOWEND
--- are milliseconds.
+-- are milliseconds. Grouped by the topic in the value, rows without a key count as well.
 CREATE TABLE sensor_stats WITH (KAFKA_TOPIC = 'mqtt.sensor_stats') AS
 SELECT
-    mqtt_topic,
+    topic,
     COUNT(*) AS message_count,
     AVG(value) AS avg_value,
     MIN(value) AS min_value,
@@ -47,7 +49,7 @@ SELECT
     WINDOWEND AS window_end
 FROM sensor_values
 WINDOW TUMBLING (SIZE 5 MINUTES, GRACE PERIOD 1 MINUTE)
-GROUP BY mqtt_topic
+GROUP BY topic
 EMIT CHANGES;
 
 -- Each anomaly is an event, so this is a stream: a table needs an aggregation.
