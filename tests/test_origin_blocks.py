@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -201,3 +202,29 @@ def test_records_of_there_are_read_here() -> None:
     assert (archived.topic_name, archived.payload, archived.client_id) == ("sensors/cellar", b"17.5", "probe-7")
     published = message_of(record)
     assert (published.topic_name, published.payload, published.qos) == ("sensors/cellar", b"17.5", 1)
+
+
+HEADINGS: Final = (
+    "Overview", "Architecture", "Quick Start", "Basic Configuration", "Kafka as Archive", "Kafka Setup",
+    "Local Development", "Production Setup", "Topic Management", "Auto-created Topics", "Custom Topic Configuration",
+    "Manual Topic Creation", "Message Format", "Kafka Message Schema", "Avro Schema", "Configuration Limitations",
+    "Manual Offset Management", "Stream Processing", "Kafka Streams Integration", "ksqlDB Queries", "Monitoring",
+    "Kafka Metrics", "Key Metrics to Monitor", "Monitoring Commands", "Performance Tuning",
+    "Performance Considerations", "JVM Tuning", "OS Tuning", "Troubleshooting", "Common Issues",
+    "Connection Failures", "Consumer Lag", "Producer Timeouts", "Partition Imbalance", "Debug Logging",
+    "Integration Examples", "Spring Boot Integration", "Python Client", "Best Practices",
+    "partition strategy", "compression", "replication", "monitoring", "retention", "security", "backup",
+    "capacity",
+)  # fmt: skip
+"""What that page has, in its order; small letters: the best practices one by one."""
+
+
+def test_each_heading_of_there_has_its_counterpart() -> None:
+    guide = (Path(__file__).parent.parent / "docs" / "kafka.md").read_text()
+    table = guide[guide.index("| there | here |") :].split("\n\n", 1)[0].splitlines()[2:]
+    rows = [[cell.strip() for cell in row.strip("|").split(" | ")] for row in table]
+    assert all(len(row) == 3 and all(row) for row in rows), "what it is, where it is, what is different and why"
+    there = [part.strip() for row in rows for part in re.split(r"[;:]", row[0].removeprefix("... "))]
+    named = [part for part in there if part in HEADINGS]
+    assert named == list(HEADINGS)
+    assert [row[0] for row in rows if "](" not in row[1] and "`" not in row[1]] == []
