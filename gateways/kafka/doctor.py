@@ -13,7 +13,6 @@ from gateways.kafka.advice import advice
 from gateways.kafka.options import KafkaOptions
 from gateways.kafka.precheck import Step, precheck
 from gateways.kafka.topic_plan import (
-    CLEANUP,
     DENIED,
     Difference,
     KafkaTools,
@@ -103,7 +102,7 @@ def _registry(options: KafkaOptions) -> Finding:
 
 def _topics(admin: Examiner, options: KafkaOptions, plans: Sequence[TopicPlan]) -> Iterator[Finding]:
     brokers = admin.broker_count()
-    yield Finding(Verdict.OK, "Kafka cluster", f"{brokers} broker{'s' if brokers != 1 else ''} serve")
+    yield Finding(Verdict.OK, "Kafka cluster", "1 broker serves" if brokers == 1 else f"{brokers} brokers serve")
     states = admin.describe([plan.name for plan in plans])
     tools = KafkaTools(options.server_names, secured=options.security.protocol != "PLAINTEXT")
     for plan in plans:
@@ -177,6 +176,5 @@ def _difference(about: str, difference: Difference) -> Finding:
     if difference.remedy is not Remedy.NONE:
         command = "mqtt-trio topics apply" + (" --configs" if difference.remedy is Remedy.CONFIG else "")
         mend = f"{mend + '; ' if mend else ''}`{command}`"
-    # A topic that forgets what it must keep, or keeps what nobody can read, does harm; the rest is a matter of taste.
-    verdict = Verdict.PROBLEM if difference.key == CLEANUP else Verdict.NOTE
+    verdict = Verdict.PROBLEM if difference.is_harmful else Verdict.NOTE
     return Finding(verdict, about, str(difference), mend)

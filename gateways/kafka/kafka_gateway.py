@@ -155,11 +155,13 @@ class KafkaGateway:
                 await nursery.start(self._dlq.run)
             await self._start_archive(nursery, host)
             await self._start_reports(nursery, host)
+            if self._archive or self._events or self._metrics or self.options.has_stream:
+                # Beside a bus as well: that one knows of its own clients only, and a group that nobody published to
+                # would take the first messages that meet an outage, however long the node has known of it.
+                nursery.start_soon(watch_presence, self.cluster)
             if self.options.bus.enabled:
                 await self._start_bus(nursery, host)
             else:
-                if self._archive or self._events or self._metrics or self.options.has_stream:
-                    nursery.start_soon(watch_presence, self.cluster)
                 with trio.move_on_after(START_PATIENCE):
                     await self._topics.looked.wait()
             if self.options.has_stream:

@@ -32,6 +32,8 @@ def check_servers(_instance: object, attribute: attrs.Attribute[Any], value: str
         raise ValueError("expected at least one host:port")
     for name in names:
         host, colon, port = name.rpartition(":")
+        if "/" in name or any(character.isspace() for character in name):  # a URL, or names without a comma
+            raise ValueError(f"expected host:port, got {name!r}")
         if not colon or name.endswith("]"):
             continue
         if not host or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65_536:

@@ -1,4 +1,4 @@
-"""Whether Kafka is there, for nodes that only write to it: a producer without records notices nothing."""
+"""Whether Kafka is there, for whoever only writes to it: a producer without records notices nothing."""
 
 from __future__ import annotations
 

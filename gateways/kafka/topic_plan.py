@@ -173,6 +173,8 @@ class Difference:
     remedy: Remedy
     note: str = ""
     """What follows from it, or what can be done; empty when that is plain."""
+    is_harmful: bool = False
+    """The topic forgets what it must keep, keeps what nobody can read, or takes nothing; the rest is of taste."""
 
     def __str__(self) -> str:
         return f"{self.key} {self.actual} instead of {self.wanted}"
@@ -219,13 +221,14 @@ def _properties(plan: TopicPlan, state: TopicState) -> Iterable[Difference]:
         if actual is None:
             yield Difference(key, "unknown", wanted, Remedy.NONE, "this Kafka has no such topic property")
         elif not is_same(key, actual, wanted):
-            yield Difference(key, actual, wanted, Remedy.CONFIG, _consequence(key, actual, wanted))
+            note = _consequence(key, actual, wanted)
+            yield Difference(key, actual, wanted, Remedy.CONFIG, note, is_harmful=key == CLEANUP)
     if MIN_ISR in plan.config:
         return
     actual, wanted = state.config.get(MIN_ISR, ""), least_in_sync(state.replication_factor)
     if actual.isdigit() and int(actual) > state.replication_factor:
         note = "there are fewer replicas than that: Kafka refuses every write"
-        yield Difference(MIN_ISR, actual, wanted, Remedy.CONFIG, note)
+        yield Difference(MIN_ISR, actual, wanted, Remedy.CONFIG, note, is_harmful=True)
     elif actual.isdigit() and int(actual) < int(wanted):
         note = "what Kafka acknowledged may be on one broker alone, and lost with it"
         yield Difference(MIN_ISR, actual, wanted, Remedy.CONFIG, note)

@@ -45,6 +45,8 @@ class Survey:
     """Topics that this user may not see: whether they exist is not known."""
     refused: Mapping[str, str]
     """Topic -> why it could not be created."""
+    created: Set[str]
+    """Topics that were missing, and are no longer: made here, or by another node at the same time."""
     brokers: int
 
 
@@ -55,14 +57,16 @@ def survey(open_admin: Callable[[], AdminLike], plans: Sequence[TopicPlan]) -> S
         brokers = admin.broker_count()
         states = dict(admin.describe([plan.name for plan in plans]))
         refused: dict[str, str] = {}
-        if missing := [plan for plan in plans if states.get(plan.name) is None]:
+        missing = [plan for plan in plans if states.get(plan.name) is None]
+        if missing:
             for plan in missing:
                 factor = plan.factor(brokers)
                 if (reason := admin.create(plan.name, plan.partitions, factor, plan.properties(factor))) is not None:
                     refused[plan.name] = reason
             states.update(admin.describe([plan.name for plan in missing]))
         seen = {name: state for name, state in states.items() if state is not None}
-        return Survey(seen, states.keys() - seen.keys(), refused, brokers)
+        created = {plan.name for plan in missing} - refused.keys()
+        return Survey(seen, states.keys() - seen.keys(), refused, created, brokers)
     finally:
         admin.close()
 
@@ -101,6 +105,7 @@ class TopicManager:
         self._plans = {plan.name: plan for plan in plans}
         self._tools = KafkaTools.of(options, cluster.servers)
         self._said: set[str] = set()
+        self._found: set[str] = set()
         self._changed = trio.Event()
         if open_admin is None:
             from gateways.kafka.admin import Admin
@@ -164,6 +169,9 @@ class TopicManager:
                 delay = max(delay, min(delay * 2, LONGEST_RETRY))
 
     def _learn(self, plans: Sequence[TopicPlan], found: Survey) -> None:
+        for name in sorted(found.created & self._found):
+            log.warning("Kafka topic %s was deleted, with what was in it; it is made again", name)
+        self._found.difference_update(found.created)  # until it is found again: brokers hear of it one by one
         for plan in plans:
             state = found.states.get(plan.name)
             if state is None:
@@ -177,6 +185,7 @@ class TopicManager:
                 size = int(limit) if limit.isdigit() else DEFAULT_MAX_MESSAGE_BYTES
                 facts = TopicFacts(partitions=state.partitions, max_message_bytes=size, is_compacted=state.is_compacted)
                 self._cluster.know(plan.name, facts)
+                self._found.add(plan.name)
                 self._report_differences(plan, state, found.brokers)
 
     def _report_differences(self, plan: TopicPlan, state: TopicState, brokers: int) -> None:

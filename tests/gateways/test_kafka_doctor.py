@@ -163,6 +163,12 @@ def test_what_differs_from_the_plan(admin: Admin) -> None:
     (found,) = about("mqtt.retained")
     assert (found.verdict, found.text) == (Verdict.PROBLEM, "cleanup.policy delete instead of compact")
     assert found.mend.endswith("`mqtt-trio topics apply --configs`")
+    state = admin.states["bus"]
+    assert state is not None
+    change(admin, "bus", partitions=12, config={**state.config, "min.insync.replicas": "5"})
+    (found,) = about("bus")
+    assert (found.verdict, found.text) == (Verdict.PROBLEM, "min.insync.replicas 5 instead of 2")
+    assert "Kafka refuses every write" in found.mend
 
 
 def test_a_kafka_that_fails_meanwhile(admin: Admin, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from gateways.kafka.kafka_gateway import KafkaGateway
 from gateways.kafka.meanings import MEANINGS
 from gateways.kafka.options import BusOptions, KafkaOptions
 from tests.gateway_support import told
+from tests.gateways.memory_bus import FakeHost
 
 KAFKA = "127.0.0.1:1"
 
@@ -96,3 +97,15 @@ async def test_a_node_without_traffic_finds_out(monkeypatch: pytest.MonkeyPatch,
     assert cluster.reason == "gone"
     await told(cluster, lambda: not cluster.is_away)
     assert (cluster.outages, answers) == (1, []), "one look that failed is no outage"
+
+
+@pytest.mark.parametrize("bus", [False, True])
+async def test_an_archive_group_that_nobody_publishes_to_learns_of_an_outage(bus: bool) -> None:
+    """Beside a bus, too, whose clients find out for themselves alone: else the first messages of a group that rejects
+    or drops would be taken, long after the outage is known."""
+    gateway = KafkaGateway(KafkaOptions(servers=KAFKA, bus=BusOptions(enabled=bus, on_outage="drop")))
+    gateway.archive_store("own", "Sensors")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(gateway.run, FakeHost("n", b"i" * 16))
+        await told(gateway.cluster, lambda: gateway.cluster.away_for(presence.PART) is not None)
+        nursery.cancel_scope.cancel()

@@ -26,6 +26,7 @@ from gateways.kafka.options import (
 from gateways.kafka.topic_plan import DENIED, TopicPlan, plan_topics
 from gateways.kafka.topics import TopicManager, survey
 from mqtt_trio.errors import ConfigError
+from tests.gateway_support import told
 from tests.kafka_fakes import FakeAdmin
 from tests.kafka_support import KafkaNode, unique_name
 from tests.lines import wait_until
@@ -166,11 +167,31 @@ async def test_a_topic_that_vanished_is_made_again() -> None:
     assert admin.created.count("mqtt.dlq") == 1
 
 
+async def test_a_topic_that_was_deleted_is_told_of_when_it_is_made_again(caplog: pytest.LogCaptureFixture) -> None:
+    """Whoever reads it says so, too; nobody reads an archive."""
+    admin, cluster = FakeAdmin(), Cluster(["k"])
+    manager = TopicManager(OPTIONS, cluster, PLANS, lambda: admin)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(manager.run)
+        with trio.fail_after(10):
+            await manager.complete.wait()
+            assert not caplog.records, "what a first start creates was not deleted"
+            for _ in range(2):
+                del admin.topics["mqtt.archive"]
+                cluster.forget("mqtt.archive")
+                await told(cluster, lambda: cluster.facts("mqtt.archive") is not None)
+        nursery.cancel_scope.cancel()
+    text = "Kafka topic mqtt.archive was deleted, with what was in it; it is made again"
+    assert caplog.messages == [text] * 2
+
+
 @pytest.mark.parametrize(
     "changes,problem",
     [
         ({"servers": "a:1", "bootstrap_servers": ["b:1"]}, "name different servers"),
         ({"servers": "a:http"}, "expected host:port"),
+        ({"servers": "http://a:1"}, "expected host:port, got 'http://a:1'"),
+        ({"servers": "a:1 b:1"}, "expected host:port, got 'a:1 b:1'"),
         ({"servers": []}, "at least one"),
         ({"bus": BusOptions(topic="x"), "topics": TopicsOptions(bus=TopicOptions(name="y"))}, "different topics"),
         ({"bus": BusOptions(enabled=True, topic="mqtt.retained")}, "Topics.Retained and Bus.Topic are the same topic"),
