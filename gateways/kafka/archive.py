@@ -29,7 +29,7 @@ TOPICS: Final = "topics"
 class Batch:
     """One submitted batch and the outcomes that are known of it."""
 
-    __slots__ = ("done", "failures", "offered", "records", "settled", "size")
+    __slots__ = ("done", "failures", "offered", "parts", "records", "returned", "settled", "size")
 
     def __init__(self, records: list[MessageRecord], done: Callable[[Outcome], None]) -> None:
         self.records = records
@@ -37,8 +37,12 @@ class Batch:
         """How many of them the producer has got."""
         self.settled = 0
         """How many from the first one on have their outcome."""
+        self.parts: deque[tuple[int, int]] = deque()
+        """What takes room in the producer's window, as it was offered: where each part ends, and its bytes."""
+        self.returned = 0
+        """How many records, from the first one on, have given their room back."""
         self.size = 0
-        """Bytes of the producer's window that it takes."""
+        """Bytes of the parts together."""
         self.failures: dict[int, Exception] = {}
         self.done = done
 
@@ -164,7 +168,7 @@ class KafkaArchiveStore:
         cluster, topic = self._bridge.cluster, self._mapper.topic
         waits = self._spooled and cluster.facts(topic) is None and cluster.trouble(topic) is not None
         if waits and self._lent is None:
-            offered = sum(entry.offered - entry.settled for entry in self._batches)
+            offered = sum(entry.offered - entry.returned for entry in self._batches)
             self._lent = offered, sum(entry.size for entry in self._batches)
             self._bridge.make_room(*self._lent)
         elif not waits and self._lent is not None:
@@ -208,6 +212,7 @@ class KafkaArchiveStore:
                     return
                 part, size = next_part(records, entry.offered)
                 entry.offered += len(part)
+                entry.parts.append((entry.offered, size))
                 entry.size += size
                 bridge.offer_all(part, size)
             if backlog and backlog[0] is entry:  # else a `done` submitted more, and that call got here first
@@ -225,14 +230,25 @@ class KafkaArchiveStore:
                     return
                 at += 1
             entry.settled = at
+            self._give_back(entry)
             if at < len(records):
                 return
             batches.popleft()
-            failed = len(entry.failures)
-            self._bridge.give_back(sent=at - failed, failed=failed, size=entry.size)
             entry.done(entry.failures)
         if not batches:
             self._empty.set()
+
+    def _give_back(self, entry: Batch) -> None:
+        """Let the producer have the room of parts whose outcomes are known: a batch may be larger than its window."""
+        begin, size = entry.returned, 0
+        while entry.parts and entry.parts[0][0] <= entry.settled:
+            entry.returned, part_size = entry.parts.popleft()
+            size += part_size
+        count = entry.returned - begin
+        if count:
+            entry.size -= size
+            failed = sum(begin <= index < entry.returned for index in entry.failures)
+            self._bridge.give_back(sent=count - failed, failed=failed, size=size)
 
     def _note(self, entry: Batch, index: int, record: MessageRecord, error: Exception) -> bool:
         """Take the outcome of a record that is not in Kafka; False: the producer is closed, what became of it is not

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 import pytest
 import trio
 
-from gateways.kafka.archive import KafkaArchiveStore
+from gateways.kafka.archive import PART_RECORDS, KafkaArchiveStore
 from gateways.kafka.cluster import TopicFacts
 from gateways.kafka.mapping import JsonMapper
 from gateways.kafka.records import Reason
@@ -65,14 +65,35 @@ async def test_what_waits_for_its_topic_takes_no_room_from_others(rounds: int) -
         assert not setup.bridge.full
 
 
-async def test_a_topic_that_is_closed_under_load_gives_its_room_back() -> None:
+@pytest.mark.parametrize("count, size", [(4 * PART_RECORDS, 0), (PART_RECORDS, 4000)], ids=["records", "bytes"])
+async def test_a_batch_that_is_larger_than_the_window_goes_through_it_in_parts(count: int, size: int) -> None:
+    """WindowMessages and WindowBytes of [Kafka] bound what Kafka has not confirmed, not what a group may ship."""
+    kafka = FakeKafka()
+    outcomes: list[Outcome] = []
+    async with producing(kafka, window=WINDOW if not size else 100_000) as setup, trio.open_nursery() as nursery:
+        setup.cluster.know("open", TopicFacts(partitions=1))
+        store = KafkaArchiveStore(setup.bridge, JsonMapper("open"))
+        await nursery.start(store.run)
+        store.submit([Message("a", b"%d" % n + b" " * size) for n in range(count)], outcomes.append)
+        assert setup.bridge.full
+        assert 0 < setup.bridge.outstanding_records < count
+        await until(lambda: len(outcomes) == 1)
+        assert outcomes == [{}]
+        assert payloads(kafka, "open") == list(range(count))
+        assert setup.bridge.counters()["records_sent"] == count
+        assert (setup.bridge.outstanding_records, setup.bridge.outstanding_bytes) == (0, 0)
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("count", [20, 3 * PART_RECORDS])
+async def test_a_topic_that_is_closed_under_load_gives_its_room_back(count: int) -> None:
     kafka = FakeKafka()
     outcomes: list[Outcome] = []
     async with two_stores(kafka, spooled=True) as (setup, (closed, other)):
         setup.cluster.know("closed", TopicFacts(partitions=1))
         await until(lambda: closed.trouble() is None)
         kafka.denied.add("closed")
-        closed.submit([Message("a", b"%d" % n) for n in range(20)], outcomes.append)
+        closed.submit([Message("a", b"%d" % n) for n in range(count)], outcomes.append)
         assert setup.bridge.full
         await until(lambda: "closed" in setup.cluster.wanted)
         setup.cluster.cannot("closed", Reason.DENIED, "no right to write")
@@ -84,5 +105,5 @@ async def test_a_topic_that_is_closed_under_load_gives_its_room_back() -> None:
         kafka.denied.clear()
         setup.cluster.know("closed", TopicFacts(partitions=1))
         await until(lambda: len(outcomes) == 2)
-        assert payloads(kafka, "closed") == list(range(20))
+        assert payloads(kafka, "closed") == list(range(count))
         assert (setup.bridge.outstanding_records, setup.bridge.outstanding_bytes) == (0, 0)
