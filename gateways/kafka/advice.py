@@ -13,13 +13,24 @@ import attrs
 
 from gateways.kafka.client_settings import ALL, BUS, producer_settings
 from gateways.kafka.options import REPORTERS, KafkaOptions
-from gateways.kafka.topic_plan import DAY_MS, DEFAULTS, TopicPlan, plan_for
+from gateways.kafka.topic_plan import (
+    DAY_MS,
+    DEFAULTS,
+    LARGEST_REPLICATION,
+    MIN_ISR,
+    TopicPlan,
+    least_in_sync,
+    plan_for,
+    plan_topics,
+)
 
 OPEN: Final = ("PLAINTEXT", "SASL_PLAINTEXT")
 READ_BY_OTHERS: Final = ("messages", "archive", "dlq")
 """Topics that programs read which may be down for a while."""
 LEAST_DAYS: Final = 1
 """Days that such a topic should bridge."""
+ALONE: Final = 'what Kafka acknowledged may be on one broker alone, and lost with it: Ack = "store" says little then'
+"""Of too small a `min.insync.replicas`."""
 UNCOMPRESSED: Final = "uncompressed"
 JAVA: Final = "Kafka.Metrics"
 """What advice is about that a node gives at its start."""
@@ -40,6 +51,7 @@ def advice(options: KafkaOptions) -> list[Advice]:
     return [
         *_open_ways(options),
         *_lax_acknowledgements(options),
+        *_few_copies(options),
         *_short_retention(options),
         *_no_compression(options),
         *_java(options),
@@ -69,6 +81,42 @@ def _lax_acknowledgements(options: KafkaOptions) -> Iterator[Advice]:
     if options.bus.enabled and options.bus.ack == "store" and acks not in ALL:
         text = f"PUBACK waits for Kafka, which confirms what one broker has, or none (acks = {acks!r}, {origin})"
         yield Advice("Kafka.Bus.Ack", text, 'acks = "all"')
+
+
+def _few_copies(options: KafkaOptions) -> Iterator[Advice]:
+    """What is asked for in so many words; `doctor` compares it with the number of brokers."""
+    servers = len(options.server_names)
+    for plan in plan_topics(options, [None]):
+        factor = plan.replication_factor
+        if factor is not None and factor < min(LARGEST_REPLICATION, servers):
+            yield Advice(factor_key(plan), few_copies_text(plan.name, factor), str(min(LARGEST_REPLICATION, servers)))
+        replicas = factor or LARGEST_REPLICATION
+        least = plan.config.get(MIN_ISR, "")
+        if least.isdigit() and int(least) > replicas:
+            yield Advice(in_sync_key(plan), f"{plan.name}: {never_in_sync_text(least)}", least_in_sync(replicas))
+        elif least.isdigit() and int(least) < int(least_in_sync(factor or servers)):
+            yield Advice(in_sync_key(plan), f"{plan.name}: {ALONE}", least_in_sync(replicas))
+
+
+def factor_key(plan: TopicPlan) -> str:
+    """Return the key that says how many replicas a topic has."""
+    return f"{plan.section}.ReplicationFactor"
+
+
+def in_sync_key(plan: TopicPlan) -> str:
+    """Return the key that says how many of them acknowledge."""
+    return f"{plan.section}.Config.{MIN_ISR}"
+
+
+def few_copies_text(name: str, factor: int) -> str:
+    """Say what a small replication factor costs."""
+    brokers = "the loss of its broker" if factor == 1 else f"the loss of {factor} brokers"
+    return f"{brokers} takes what {name} holds, and there could be more replicas"
+
+
+def never_in_sync_text(least: str) -> str:
+    """Say what too large a `min.insync.replicas` does."""
+    return f"Kafka refuses every write, since there are never {least} replicas"
 
 
 def _short_retention(options: KafkaOptions) -> Iterator[Advice]:

@@ -5,21 +5,24 @@ Nothing is changed in Kafka. Blocking.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Final, Protocol
 
-from gateways.kafka.advice import advice
+from gateways.kafka.advice import ALONE, advice, factor_key, few_copies_text, in_sync_key, never_in_sync_text
 from gateways.kafka.options import KafkaOptions
 from gateways.kafka.precheck import Step, precheck
 from gateways.kafka.topic_plan import (
     DENIED,
+    LARGEST_REPLICATION,
+    MIN_ISR,
     Difference,
     KafkaTools,
     Remedy,
     TopicPlan,
     TopicState,
     differences,
+    least_in_sync,
     plan_topics,
 )
 from gateways.kafka.topics import AdminLike, denied_text
@@ -56,7 +59,8 @@ class Examiner(AdminLike, Protocol):
 
 def examine(options: KafkaOptions, archive_topics: Sequence[str | None]) -> Iterator[Finding]:
     """Yield what is found as it is found; never raises for what is wrong with Kafka."""
-    for one in advice(options):
+    told = advice(options)
+    for one in told:
         yield Finding(Verdict.NOTE, one.about, one.text, one.mend)
     reached = False
     for server in options.server_names:
@@ -68,7 +72,7 @@ def examine(options: KafkaOptions, archive_topics: Sequence[str | None]) -> Iter
         return
     try:
         with open_admin(options) as admin:
-            yield from _topics(admin, options, plan_topics(options, archive_topics))
+            yield from _topics(admin, options, plan_topics(options, archive_topics), {one.about for one in told})
     except GatewayError as exc:
         yield Finding(Verdict.PROBLEM, "Kafka topics", str(exc))
 
@@ -100,7 +104,10 @@ def _registry(options: KafkaOptions) -> Finding:
     return Finding(Verdict.OK, "schema registry", f"{registry.url} answers, and knows Avro")
 
 
-def _topics(admin: Examiner, options: KafkaOptions, plans: Sequence[TopicPlan]) -> Iterator[Finding]:
+def _topics(
+    admin: Examiner, options: KafkaOptions, plans: Sequence[TopicPlan], told: Collection[str]
+) -> Iterator[Finding]:
+    """`told`: keys of which advice has spoken already."""
     brokers = admin.broker_count()
     yield Finding(Verdict.OK, "Kafka cluster", "1 broker serves" if brokers == 1 else f"{brokers} brokers serve")
     states = admin.describe([plan.name for plan in plans])
@@ -109,6 +116,7 @@ def _topics(admin: Examiner, options: KafkaOptions, plans: Sequence[TopicPlan]) 
         state = states.get(plan.name)
         if state is not None:
             yield from _topic(plan, state, brokers, tools)
+            yield from (one for key, one in _copies(plan, state, brokers) if key not in told)
             if state.leaders and state.readable:
                 yield from _spread(admin, plan.name, state.partitions)
         else:
@@ -141,6 +149,23 @@ def _topic(plan: TopicPlan, state: TopicState, brokers: int, tools: KafkaTools) 
         text = f"{state.partitions} partitions, replication factor {state.replication_factor}"
         yield Finding(Verdict.OK, about, text)
     yield from found
+
+
+def _copies(plan: TopicPlan, state: TopicState, brokers: int) -> Iterator[tuple[str, Finding]]:
+    """See whether what the configuration asks for in so many words is safe [K20]; yield the key with each."""
+    about, most = f"Kafka topic {plan.name}", min(LARGEST_REPLICATION, brokers)
+    replicas = state.replication_factor
+    if plan.replication_factor == replicas < most:
+        mend = f"{factor_key(plan)} = {most}, and kafka-reassign-partitions.sh for the topic that is there"
+        yield factor_key(plan), Finding(Verdict.NOTE, about, few_copies_text(plan.name, replicas), mend)
+    least = state.config.get(MIN_ISR, "")
+    if MIN_ISR not in plan.config or not least.isdigit():
+        return  # without a word about it, it is compared with the plan
+    mend = f"{in_sync_key(plan)} = {least_in_sync(replicas)}, then `mqtt-trio topics apply --configs`"
+    if int(least) > replicas:
+        yield in_sync_key(plan), Finding(Verdict.PROBLEM, about, never_in_sync_text(least), mend)
+    elif int(least) < int(least_in_sync(replicas)):
+        yield in_sync_key(plan), Finding(Verdict.NOTE, about, f"{MIN_ISR} {least}: {ALONE}", mend)
 
 
 def _spread(admin: Examiner, topic: str, partitions: int) -> Iterator[Finding]:

@@ -61,6 +61,39 @@ def test_an_acknowledgement_that_says_little() -> None:
     assert said(KafkaOptions(bus=bus, profile="compat")) == [], "the profile leaves the bus alone"
 
 
+def few(servers: str, factor: int | None = None, in_sync: object = None) -> list[tuple[str, str]]:
+    """Return what is said of an archive topic with these values: keys and mends."""
+    config = {} if in_sync is None else {"min.insync.replicas": in_sync}
+    archive = TopicOptions(replication_factor=factor, config=config)
+    options = KafkaOptions(servers=servers, topics=TopicsOptions(archive=archive))
+    return [(one.about.removeprefix("Kafka.Topics.Archive."), one.mend) for one in advice(options)]
+
+
+THREE = "localhost:1,localhost:2,localhost:3"
+
+
+def test_fewer_copies_than_there_could_be() -> None:
+    assert few(THREE, 1) == [("ReplicationFactor", "3")]
+    assert few(THREE, 2) == [("ReplicationFactor", "3")]
+    assert few("localhost:1,localhost:2", 1) == [("ReplicationFactor", "2")]
+    assert few(THREE, 3) == few("localhost:1", 1) == few(f"{THREE},localhost:4") == []
+    archive = TopicOptions(replication_factor=1)
+    (one,) = advice(KafkaOptions(servers=THREE, topics=TopicsOptions(archive=archive)))
+    assert one.text == "the loss of its broker takes what mqtt.archive holds, and there could be more replicas"
+
+
+def test_a_number_in_sync_that_defeats_what_store_promises() -> None:
+    key = "Config.min.insync.replicas"
+    assert few(THREE, 3, 1) == few(THREE, None, "1") == [(key, "2")]
+    assert few("localhost:1", 3, 1) == [(key, "2")]
+    assert few("localhost:1", None, 1) == [], "it may be one broker"
+    assert few("localhost:1", 1, 2) == [(key, "1")], "refuses every write"
+    assert few("localhost:1", None, 4) == [(key, "2")]
+    assert few(THREE, 3, 2) == few(THREE, 3, 3) == few(THREE, None, "") == []
+    bus = TopicOptions(config={"min.insync.replicas": 1})
+    assert advice(KafkaOptions(servers=THREE, topics=TopicsOptions(bus=bus))) == [], "the bus is off"
+
+
 def test_retention_that_is_shorter_than_an_outage() -> None:
     day = keeping(23 * HOUR_MS)
     messages = attrs.evolve(KafkaOptions().topics.messages, config=day.config)

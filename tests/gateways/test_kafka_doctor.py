@@ -10,7 +10,7 @@ import attrs
 import pytest
 
 from gateways.kafka import doctor
-from gateways.kafka.options import BusOptions, KafkaOptions
+from gateways.kafka.options import BusOptions, KafkaOptions, TopicOptions, TopicsOptions
 from gateways.kafka.precheck import Step
 from gateways.kafka.topic_plan import DENIED, TopicState, plan_topics
 from mqtt_trio.errors import GatewayError
@@ -169,6 +169,44 @@ def test_what_differs_from_the_plan(admin: Admin) -> None:
     (found,) = about("bus")
     assert (found.verdict, found.text) == (Verdict.PROBLEM, "min.insync.replicas 5 instead of 2")
     assert "Kafka refuses every write" in found.mend
+
+
+def with_bus(**changes: Any) -> KafkaOptions:
+    return attrs.evolve(OPTIONS, topics=TopicsOptions(bus=TopicOptions(**changes)))
+
+
+def test_copies_that_the_configuration_asks_for(admin: Admin) -> None:
+    """[K20]: they are as planned, and fewer than there could be."""
+    state = admin.states["bus"]
+    assert state is not None
+    change(admin, "bus", replication_factor=1, config={**state.config, "min.insync.replicas": "1"})
+    sound, found = examined(with_bus(replication_factor=1))
+    assert (sound.verdict, found.verdict) == (Verdict.OK, Verdict.NOTE)
+    assert found.text.startswith("the loss of its broker takes what bus holds")
+    assert found.mend.startswith("Kafka.Topics.Bus.ReplicationFactor = 3")
+    change(admin, "bus", replication_factor=3, config=state.config)
+    assert [one.verdict for one in examined(with_bus(replication_factor=3))] == [Verdict.OK]
+
+
+def test_in_sync_as_the_configuration_asks_for(admin: Admin) -> None:
+    state = admin.states["bus"]
+    assert state is not None
+    for asked, verdicts in (("1", [Verdict.OK, Verdict.NOTE]), ("2", [Verdict.OK]), ("3", [Verdict.OK])):
+        change(admin, "bus", config={**state.config, "min.insync.replicas": asked})
+        found = examined(with_bus(config={"min.insync.replicas": asked}))
+        assert [one.verdict for one in found] == verdicts, asked
+    change(admin, "bus", replication_factor=2, config={**state.config, "min.insync.replicas": "3"})
+    found = examined(with_bus(replication_factor=2, config={"min.insync.replicas": "3"}))
+    assert [one.text for one in found if one.about == "Kafka.Topics.Bus.Config.min.insync.replicas"] == [
+        "bus: Kafka refuses every write, since there are never 3 replicas"
+    ]
+    assert len([one for one in found if "refuses every write" in one.text]) == 1, "once"
+
+
+def examined(options: KafkaOptions) -> list[Finding]:
+    """Return what is said of the bus topic and its keys."""
+    names = ("Kafka topic bus", "Kafka.Topics.Bus")
+    return [one for one in doctor.examine(options, ()) if one.about.startswith(names)]
 
 
 def test_a_kafka_that_fails_meanwhile(admin: Admin, monkeypatch: pytest.MonkeyPatch) -> None:
