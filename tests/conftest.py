@@ -13,6 +13,8 @@ from tests.kafka_support import shared_cluster as shared_cluster
 from tests.kafka_support import three_kafkas as three_kafkas
 from tests.registry_support import schema_registry as schema_registry
 
+pytest_plugins = ["tests.record_check.plugin"]
+
 # An example that takes long says that other programs have the cores. What has to be quick is asserted where it is.
 hypothesis.settings.register_profile("busy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("busy")

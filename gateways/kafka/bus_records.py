@@ -7,9 +7,9 @@ A record is a header and a body, big endian throughout::
 
 The body of a `Kind.BATCH` is a list of items: runs of PUBLISH packets as their publisher sent them, and single
 messages in fields of their own, with choices in front of them (`bus_choices`) where share groups are to get them. The
-bodies of the other kinds are in `node_facts`, `bus_clients` and `bus_choices`. A body that is larger than one Kafka
-record may be is cut into parts with sequences side by side: all but the last have `Flag.MORE`, all but the first
-`Flag.CONTINUED`.
+bodies of the other kinds are in `node_facts`, `bus_clients` and `bus_choices`; `schemas/mqtt_bus.layout.json` describes
+all of them. A body that is larger than one Kafka record may be is cut into parts with sequences side by side: all but
+the last have `Flag.MORE`, all but the first `Flag.CONTINUED`.
 
 Decoding checks everything that a receiver relies on, because anybody may write to a Kafka topic; the packets inside a
 run at QoS 0 are left to `LocalClient.publish_runs`, which reads them anyway.

@@ -12,9 +12,11 @@ SchemaName: TypeAlias = Literal[
     "mqtt_event.schema.json",
     "mqtt_metrics.schema.json",
     "mqtt_dlq.schema.json",
+    "mqtt_records.schema.json",
+    "mqtt_bus.layout.json",
 ]
-"""JSON Schemas of the values of archive topics and mqtt.messages, of mqtt.events, mqtt.metrics and mqtt.dlq; the Avro
-schema of archive topics."""
+"""JSON Schemas of the values of archive topics and mqtt.messages, of mqtt.events, mqtt.metrics and mqtt.dlq, and of key
+and headers of every record; the Avro schema of archive topics; how the bytes of bus records lie."""
 
 
 def load_schema(name: SchemaName) -> dict[str, Any]:

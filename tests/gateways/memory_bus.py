@@ -27,6 +27,7 @@ from mqtt_trio.gateway import (
     Spread,
     Tap,
 )
+from tests.record_check.watch import check
 
 LATENCY = 0.001
 """Seconds between an offer and its confirmation."""
@@ -137,6 +138,7 @@ class MemoryProducer:
     def write(self, record: Record) -> None:
         assert record.partition is not None
         assert record.done is not None
+        check("bus", record, record.partition)
         if self.kafka.refuse(record):
             record.done(ValueError("refused"))
             return

@@ -13,9 +13,11 @@ import trio
 from gateways.kafka.bridge import ProducerBridge, Record
 from gateways.kafka.client_metrics import NO_FIGURES, ClientFigures
 from gateways.kafka.cluster import Cluster, TopicFacts
+from gateways.kafka.mapping import MessageRecord
 from gateways.kafka.options import KafkaOptions
 from gateways.kafka.records import Reason
 from tests.gateway_support import LIMIT
+from tests.record_check.watch import check
 
 
 class PoisonError(Exception):
@@ -106,6 +108,8 @@ class FakeProducer:
                 hold_up, self.kafka.hold_up = self.kafka.hold_up, None
                 hold_up.wait()
                 raise RuntimeError("closed")
+            if isinstance(record, MessageRecord):  # others are what a test likes
+                check("archive", record, partition)
             if record.value == b"unfit":
                 raise ValueError("no such header")
             self.kafka.sent += 1

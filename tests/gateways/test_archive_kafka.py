@@ -58,12 +58,14 @@ class Harness(Outcomes[bytes]):
 
 
 @asynccontextmanager
-async def producing(node: KafkaNode, *plans: TopicPlan, window: int = 1000) -> AsyncIterator[Harness]:
+async def producing(
+    node: KafkaNode, *plans: TopicPlan, window: int = 1000, name: str = "test"
+) -> AsyncIterator[Harness]:
     options = KafkaOptions(servers=node.servers)
     cluster = Cluster(options.server_names, probe(options))
     topics = TopicManager(options, cluster, plans)
     bridge = ProducerBridge(
-        options, cluster, name="archive", compression="gzip", window_records=window, window_bytes=32 << 20
+        options, cluster, name=name, compression="gzip", window_records=window, window_bytes=32 << 20
     )
     async with trio.open_nursery() as nursery:
         nursery.start_soon(topics.run)
@@ -97,7 +99,7 @@ async def test_archived_messages_read_back_as_the_schema_says(kafka: KafkaNode) 
         outcomes.append(outcome)
         done.set()
 
-    async with producing(kafka, TopicPlan(name=topic, partitions=5, config=large)) as harness:
+    async with producing(kafka, TopicPlan(name=topic, partitions=5, config=large), name="archive") as harness:
         store = KafkaArchiveStore(harness.bridge, JsonMapper(topic, "node-1"))
         assert store.describe() == f"Kafka topic {topic}"
         store.submit(messages[:2], outcomes.append)

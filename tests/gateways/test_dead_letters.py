@@ -23,6 +23,7 @@ from gateways.kafka.records import ConsumedRecord, Reason, Record, RecordRefused
 from gateways.kafka.schema_files import load_schema
 from mqtt_trio.errors import GatewayError
 from mqtt_trio.gateway import Message
+from tests.record_check.watch import check
 
 VALIDATOR = Draft202012Validator(load_schema("mqtt_dlq.schema.json"))
 INSTANCE = bytes(range(16))
@@ -37,6 +38,7 @@ class Recorder:
     settled: int = 0
 
     def offer(self, record: Record) -> None:
+        check("dlq", record, record.partition)
         self.records.append(record)
 
     def settle(self, error: Exception | None = None) -> None:

@@ -23,6 +23,7 @@ from mqtt_trio.broker import events
 from mqtt_trio.protocol.codes import ProtocolVersion, ReasonCode
 from mqtt_trio.protocol.packets import Unsubscribe
 from mqtt_trio.testing import MemoryBroker, open_memory_broker
+from tests.record_check.watch import check
 
 VALIDATOR = Draft202012Validator(load_schema("mqtt_event.schema.json"))
 V5 = ProtocolVersion.MQTT_5_0
@@ -39,6 +40,7 @@ class FakeProducer:
         task_status.started()
 
     def offer(self, record: Record) -> None:
+        check("events", record, record.partition)
         self.records.append(record)
         assert record.done is not None
         record.done(None)

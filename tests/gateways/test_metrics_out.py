@@ -24,6 +24,7 @@ from gateways.kafka.schema_files import load_schema
 from mqtt_trio.errors import GatewayError
 from mqtt_trio.gateway import Figure
 from tests.gateways.memory_bus import FakeHost
+from tests.record_check.watch import check
 
 VALIDATOR = Draft202012Validator(load_schema("mqtt_metrics.schema.json"))
 STARTED = 1_764_230_400.0
@@ -47,6 +48,7 @@ class FakeProducer:
         await trio.sleep_forever()
 
     def offer(self, record: Record) -> None:
+        check("metrics", record, record.partition)
         self.records.append(record)
         if not self.away:
             self.settle()

@@ -15,6 +15,8 @@ from kafka import KafkaConsumer, TopicPartition
 from tests.interop.sensors import SKIPPED, aggregates_of, anomalies_of, make_readings, write
 from tests.kafka_support import KafkaNode, unique_name
 from tests.lines import LIMIT, LineProcess, wait_until
+from tests.record_check.examples import check_example
+from tests.record_check.rules import Kind
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "sensor_streams.py"
 
@@ -98,6 +100,9 @@ def test_windows_and_anomalies_equal_those_computed_by_hand(kafka: KafkaNode, tm
         results.look()
     finally:
         results.close()
+    for kind, topic in ((Kind.AGGREGATE, aggregates), (Kind.ANOMALY, anomalies)):
+        for record in results.records[topic]:
+            check_example(kind, record)
     found = results.records[aggregates]
     assert aggregates_of(found) == readings.aggregates()
     assert len(found) == len(readings.aggregates()), "a window was told of twice"

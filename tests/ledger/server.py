@@ -41,7 +41,7 @@ class Server:
         """
         assert self._process is None
         environment = {key: value for key, value in os.environ.items() if not key.upper().startswith("MQTT_TRIO__")}
-        environment["PYTHONPATH"] = str(ROOT)
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 self.command,
