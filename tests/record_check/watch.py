@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.abc
 import importlib.machinery
-import importlib.util
 import os
 import sys
 from collections.abc import Sequence
@@ -61,12 +60,14 @@ class Finder(importlib.abc.MetaPathFinder):
         return spec
 
 
-def watch(source: str) -> None:
+def watch(source: str) -> Finder:
     """Check what this process writes to Kafka from now on; `source` stands in the summary."""
+    finder = Finder(source)
     if WORKERS in sys.modules:
         patch(sys.modules[WORKERS], source)
-    elif not any(isinstance(finder, Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, Finder(source))
+    else:
+        sys.meta_path.insert(0, finder)
+    return finder
 
 
 def patch(module: Any, source: str) -> None:
@@ -74,9 +75,6 @@ def patch(module: Any, source: str) -> None:
     producer = module.Producer
     if hasattr(producer, "checked_as"):
         return
-    root = str(Path(__file__).parents[2])
-    if root not in sys.path:
-        sys.path.append(root)
     init, send = producer.__init__, producer.send
 
     def __init__(self: Any, options: Any, name: str, *arguments: Any, **others: Any) -> None:  # noqa: N807
