@@ -33,6 +33,8 @@ from gateways.kafka.workers import (
 
 OFFSETS_TIMEOUT_MS: Final = 5000
 CLOSE_TIMEOUT_MS: Final = 2000
+SHORTEST_WAIT: Final = 0.05
+"""Seconds that a look for records takes at least where none come."""
 REJOIN: Final = (
     kafka_errors.CommitFailedError,
     kafka_errors.RebalanceInProgressError,
@@ -82,6 +84,14 @@ def pairs(partitions: Any) -> list[Partition]:
 def stored(offsets: Mapping[Partition, int]) -> dict[TopicPartition, OffsetAndMetadata]:
     """Return offsets as kafka-python stores them."""
     return {TopicPartition(*p): OffsetAndMetadata(at, f"{COMMIT_NOTE}{at}", -1) for p, at in offsets.items()}
+
+
+def never_spin(coordinator: Any) -> None:
+    """Let `poll` wait although a heartbeat is overdue. kafka-python looks for records until the next one is due: where
+    Kafka does not answer the last one that is at once, thousands of times a second, for as long as the session lasts.
+    Its network thread sends them, and needs no `poll` for that."""
+    time_to_next_poll = coordinator.time_to_next_poll
+    coordinator.time_to_next_poll = lambda: max(SHORTEST_WAIT, time_to_next_poll())
 
 
 class Rebalances(AsyncConsumerRebalanceListener):  # type: ignore[misc]  # kafka-python has no types
@@ -136,6 +146,7 @@ class MemberConsumer:
                 **config,
             )
         self._rebalances.consumer = self._consumer
+        never_spin(self._consumer._coordinator)
         self._metrics = ClientMetrics(self._consumer, "consumer")
         self._fetches = FetchWatch(self._consumer._fetcher, kafka_errors.Cancelled)
 

@@ -19,7 +19,7 @@ from gateways.kafka import ArchiveConsumer, ArchivedMessage
 from gateways.kafka.admin import Admin
 from gateways.kafka.lag import Partition
 from gateways.kafka.mapping import JsonMapper
-from gateways.kafka.member_consumer import MemberConsumer
+from gateways.kafka.member_consumer import SHORTEST_WAIT, MemberConsumer
 from gateways.kafka.options import KafkaOptions
 from gateways.kafka.topic_plan import TopicPlan
 from gateways.kafka.topics import survey
@@ -316,5 +316,30 @@ def test_a_share_that_is_dealt_out_between_two_polls_is_taken(setting: Setting) 
             if not coordinator.stable():
                 member.poll(0.1, paused=True)
         member.commit({(setting.topic, 0): 0}, LIMIT)
+    finally:
+        member.close()
+
+
+def test_a_heartbeat_that_kafka_does_not_answer_lets_nothing_spin(setting: Setting) -> None:
+    """A frozen Kafka takes the heartbeat, so the next one is overdue until the session ends."""
+    member = MemberConsumer(setting.options, "member", setting.group, [setting.topic], NoListener())
+    consumer, looks = member._consumer, 0
+    try:
+        member.join()
+        while not consumer._coordinator.stable():
+            member.poll(0.1, paused=True)
+        consumer._coordinator.time_to_next_heartbeat = lambda: 0.0
+        fetch_records = consumer._fetcher.fetch_records
+
+        def counted(*arguments: object, **more: object) -> object:
+            nonlocal looks
+            looks += 1
+            return fetch_records(*arguments, **more)
+
+        consumer._fetcher.fetch_records = counted
+        for paused in (False, True):
+            looks = 0
+            member.poll(10 * SHORTEST_WAIT, paused=paused)
+            assert 0 < looks <= 20
     finally:
         member.close()
