@@ -169,12 +169,12 @@ class Retained:
     def take(self, message: Message, *, waited_for: bool = False) -> Hold | None:
         """Take a message with RETAIN 1. It leaves once the session store, if there is one, knows of it.
 
-        What is returned is let go when a kill of this node does not take it from the others any more: the store has its
-        mark, or, without a store, Kafka has it. That is for what is `waited_for` in any case, and for what removes a
-        message: where this node has none to remove, nothing else of it is in the commit that its publisher waits for.
+        What is returned, where it is `waited_for`, is let go when a kill of this node does not take the message from
+        the others any more: the store has its mark, or, without a store, Kafka has it. Whoever waits for the commit of
+        the retained message, as clients do, waits for the mark with that.
         """
         marks = self._marks
-        hold = Hold(kept=marks.keeps) if waited_for or (marks.keeps and message.qos and not message.payload) else None
+        hold = Hold(kept=marks.keeps) if waited_for else None
         key = message.topic_name.encode()
         own = self._own.get(key)
         if own is None:

@@ -124,7 +124,8 @@ class Inbound:
             if broker.journal.keeps:
                 broker.keeper.retained(message)
                 broker.keeper.retained_by(message, before)
-        elif before is not None or topic_name in broker.keeper.left_out:
+        elif before is not None or topic_name in broker.keeper.left_out or (message.qos and broker.journal.sources):
+            # Others may have one where this node has none: what a gateway notes for them is in the commit of this.
             broker.keeper.retained_gone(topic_name)
             broker.keeper.retained_by(message, before)
         broker.metrics.retained_refused += not kept

@@ -14,8 +14,9 @@ from trio.testing import MockClock
 from gateways.kafka.bus_settings import BusSettings
 from gateways.kafka.group_poller import Membership
 from gateways.kafka.stream_in import StreamIn
+from mqtt_trio.gateway import ReasonCode
 from tests.gateways.test_retained_kills import everywhere
-from tests.gateways.test_stream_in import FakeLetters, World
+from tests.gateways.test_stream_in import Disk, FakeLetters, World
 from tests.gateways.whole_nodes import SOON, WholeCluster, WholeNode, open_cluster
 
 SPOOLED = BusSettings(on_outage="spool")
@@ -135,6 +136,26 @@ async def test_a_client_removes_a_message_that_only_others_have(
             assert not (acknowledged and "removed" in found), f"step {step}"
             answered.add(acknowledged)
     assert answered == {True, False}
+
+
+@pytest.mark.parametrize("topic", ["removed", "unknown"])
+@pytest.mark.parametrize("qos", [1, 2])
+async def test_a_client_that_removes_is_refused_when_the_store_fails(
+    autojump_clock: MockClock, tmp_path: Path, qos: int, topic: str
+) -> None:
+    """At once, and what it sends behind that is answered, too: nothing waits for the end of the outage."""
+    async with open_cluster(SPOOLED, tmp_path) as cluster:
+        disk = cluster.stores["one"] = Disk()
+        one, _ = await before(cluster, kept=True)
+        publisher = await one.connect("p")
+        disk.broken = True
+        began = trio.current_time()
+        assert await publisher.publish(topic, b"", qos=qos, retain=True) == ReasonCode.QUOTA_EXCEEDED
+        assert await publisher.publish("t", b"not kept", qos=qos) == ReasonCode.SUCCESS
+        assert trio.current_time() - began < 1
+        disk.broken = False
+        await trio.sleep(60)
+        assert await publisher.publish(topic, b"", qos=qos, retain=True) == ReasonCode.SUCCESS
 
 
 @kept_or_not
