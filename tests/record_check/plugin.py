@@ -17,6 +17,7 @@ HOOK: Final = str(Path(__file__).parent / "hook")
 SHOWN: Final = 25
 """Violations that are shown."""
 FOUND: Final = pytest.StashKey[Findings]()
+WHOLE: Final = pytest.StashKey[bool]()
 OWN: Final = pytest.StashKey[str]()
 
 
@@ -37,7 +38,8 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     if (folder := config.stash.get(OWN, None)) is None:
         return
     found = config.stash[FOUND] = findings(Path(folder))
-    is_bad = bool(found.violations) or (is_whole(config) and bool(found.missing))
+    config.stash[WHOLE] = is_whole(config) and exitstatus == pytest.ExitCode.OK  # what failed may not have got so far
+    is_bad = bool(found.violations) or (config.stash[WHOLE] and bool(found.missing))
     if is_bad and exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
@@ -46,12 +48,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     """Say what was checked."""
     if (found := config.stash.get(FOUND, None)) is None:
         return
-    if found.seen or found.violations or is_whole(config):
-        terminalreporter.section("records written to Kafka, checked against their schemas")
+    if found.seen or found.violations or config.stash[WHOLE]:
+        terminalreporter.section(f"{found.seen.total()} records written to Kafka, checked against their schemas")
         for kind, number in found.seen.items():
             parts = [f"{counts[kind]} {source}" for source, counts in found.counts.items() if counts[kind]]
             terminalreporter.write_line(f"{number:>9} {kind} ({', '.join(parts)})")
-    if is_whole(config):
+    if config.stash[WHOLE]:
         for kind in found.missing:
             terminalreporter.write_line(f"ERROR: no record of this kind was written: {kind}", red=True)
     for violation in found.violations[:SHOWN]:

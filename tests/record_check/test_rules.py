@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import json
 import struct
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Final
 
 import pytest
 
-from gateways.kafka import bus_records
+from gateways.kafka import bus_records, workers
 from gateways.kafka.avro import AvroMapper
 from gateways.kafka.bus_choices import PAIR, GroupNews, encode_choices, encode_news
 from gateways.kafka.bus_clients import encode_newcomer
@@ -37,6 +40,7 @@ from tests.gateways.memory_bus import NOW, run_of
 from tests.record_check.kinds import UnknownRecordError, kind_of
 from tests.record_check.rules import NUMBERS, Kind, Parts, problems_of
 
+ROOT: Final = Path(__file__).parents[2]
 INSTANCE: Final = bytes(range(16))
 PROPERTIES: Final = MessageProperties(
     payload_format_indicator=1,
@@ -324,3 +328,15 @@ def test_kinds_are_told_by_their_producers(kind: Kind) -> None:
 def test_what_no_schema_describes_is_found(producer: str, record: Record) -> None:
     with pytest.raises(UnknownRecordError, match="no schema is known"):
         kind_of(producer, record, KafkaOptions())
+
+
+def test_there_is_no_other_way_to_kafka() -> None:
+    """The check stands around `workers.Producer.send`."""
+    places = set()
+    for path in (*(ROOT / "gateways").rglob("*.py"), *(ROOT / "mqtt_trio").rglob("*.py")):
+        for function in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)):
+            text = ast.unparse(function)
+            if "KafkaProducer(" in text or "_accumulator.append" in text or ".send(record.topic" in text:
+                places.add((path.name, function.name))
+    assert places == {("workers.py", "__init__"), ("workers.py", "send")}
+    assert inspect.getsource(workers).count("KafkaProducer(") == 1

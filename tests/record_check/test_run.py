@@ -140,3 +140,17 @@ def test_a_message_that_is_written_again_has_to_be_what_its_topic_holds(tmp_path
     assert (violation.kind, violation.topic) == (Kind.REDRIVEN, "archive")
     assert any("brokerId" in problem for problem in violation.problems)
     assert findings(tmp_path).counts == {"test": {Kind.REDRIVEN: 2, Kind.ARCHIVE_JSON: 1}}
+
+
+def test_a_check_that_cannot_be_made_is_told_and_nothing_is_raised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(FOLDER, str(tmp_path))
+    record = RIGHT[Kind.EVENT]()
+    record.headers = None  # type: ignore[assignment]  # such a record could not be sent either
+    check("redrive", record, 0)
+    record.value = None
+    check("redrive", record, 0)
+    assert [violation.kind for violation in findings(tmp_path).violations] == [Kind.REDRIVEN, "unchecked"]
+    monkeypatch.setenv(FOLDER, str(tmp_path / "gone"))
+    check("events", record, 0)
