@@ -19,6 +19,7 @@ from jsonschema import Draft202012Validator
 
 from gateways.kafka import build, client_settings
 from gateways.kafka.archive import KafkaArchiveStore
+from gateways.kafka.avro import AvroMapper
 from gateways.kafka.bridge import ConsumerBridge, ProducerBridge, Record
 from gateways.kafka.cluster import Cluster, TopicFacts
 from gateways.kafka.kafka_gateway import KafkaGateway
@@ -26,11 +27,12 @@ from gateways.kafka.mapping import JsonMapper
 from gateways.kafka.options import KafkaOptions, TopicOptions, TopicsOptions
 from gateways.kafka.partitions import partition_for
 from gateways.kafka.precheck import probe
+from gateways.kafka.reading import reader_of
 from gateways.kafka.records import ConsumedRecord
 from gateways.kafka.schema_files import load_schema
 from gateways.kafka.topic_plan import TopicPlan
 from gateways.kafka.topics import TopicManager
-from gateways.kafka.workers import quiet_loggers
+from gateways.kafka.workers import consumed, quiet_loggers
 from mqtt_trio.errors import ConfigError
 from mqtt_trio.gateway import Message, MessageProperties, Outcome
 from tests.gateway_support import LIMIT, Outcomes, read_records, told
@@ -126,6 +128,21 @@ async def test_archived_messages_read_back_as_the_schema_says(kafka: KafkaNode) 
     sent = [(message.topic_name, message.payload) for message in messages]
     for name in ("sensors/0", "sensors/1", "sensors/2"):
         assert [item for item in found if item[0] == name] == [item for item in sent if item[0] == name]
+
+
+@pytest.mark.kafka
+async def test_avro_without_a_registry_reads_back(kafka: KafkaNode) -> None:
+    topic, done = unique_name("avro"), trio.Event()
+    messages = [Message(f"s/{n}", bytes((n, 255)), n % 3, client_id="c", published_at=1.5) for n in range(5)]
+    async with producing(kafka, TopicPlan(name=topic, partitions=1), name="archive") as harness:
+        store = KafkaArchiveStore(harness.bridge, AvroMapper(topic, "node-1"))
+        store.submit(messages, lambda outcome: done.set() if not outcome else None)
+        with trio.fail_after(LIMIT):
+            await done.wait()
+            await store.stop()
+    reader = reader_of("AVRO")
+    found = [reader.read(consumed(record)).message for record in await read_back(kafka.servers, topic, len(messages))]
+    assert [(m.topic_name, m.payload, m.qos) for m in found] == [(m.topic_name, m.payload, m.qos) for m in messages]
 
 
 @pytest.mark.kafka
