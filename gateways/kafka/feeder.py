@@ -382,6 +382,8 @@ class Feeder:
             log.warning("Kafka producer %s is replaced: %s", self.name, exc)
         elif self._faults.is_fault_of_record(exc):
             log.warning("Kafka producer %s is replaced, Kafka refused a record: %s", self.name, one_line(exc))
+            if generation.outgrown is not None:  # somebody lowered its limit: the next large record is kept out
+                self._cluster.forget(generation.outgrown)
         elif generation.confirmed and not isinstance(exc, TimeoutError):
             log.warning("Kafka producer %s is replaced: %s", self.name, one_line(exc))
         else:

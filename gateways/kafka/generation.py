@@ -52,6 +52,8 @@ class Generation:
         self.broken: BaseException | None = None
         self.denied: str | None = None
         """The topic that this node may not write to, where that broke it."""
+        self.outgrown: str | None = None
+        """The topic that takes less than is known of it, where that broke it."""
         self.confirmed = 0
         self.over = False
         """Outcomes that come now count no more: its records belong to the next generation."""
@@ -82,6 +84,8 @@ class Generation:
         if self.broken is None:
             if self._faults.is_denial(exc):
                 self.denied = record.topic
+            elif self._faults.is_fault_of_record(exc) and self._faults.reason_for(exc) is Reason.TOO_LARGE:
+                self.outgrown = record.topic
             self.broken = exc
             self.producer.break_off()
             self._wake()

@@ -13,6 +13,7 @@ import trio
 from jsonschema import Draft202012Validator
 
 from gateways.kafka import build
+from gateways.kafka.admin import Admin
 from gateways.kafka.dlq import MqttSource, Stage
 from gateways.kafka.dlq_reading import decode_letter
 from gateways.kafka.kafka_gateway import KafkaGateway
@@ -75,3 +76,24 @@ async def test_what_the_archive_cannot_take_is_a_dead_letter_and_fails(kafka: Ka
     assert dict(record.headers)["mqtt.dlq.reason"] == b"too_large"
     counters = gateway.counters()
     assert (counters["dlq_letters_written"], counters["dlq_letters_lost"], counters["dlq_too_large"]) == (1, 0, 1)
+
+
+async def test_a_limit_that_is_lowered_costs_one_producer_and_not_one_for_each_record(kafka: KafkaNode) -> None:
+    """What Kafka refuses makes the node look at the topic again; from then on such records are not sent."""
+    archive = unique_name("lowered")
+    topics = TopicsOptions(archive=TopicOptions(name=archive, partitions=1), dlq=TopicOptions(name=unique_name("dlq")))
+    options = KafkaOptions(servers=kafka.servers, topics=topics)
+    noise = random.Random(7)
+    messages = [Message(f"a/{n}", noise.randbytes(4000) if n % 2 else b"small", 1, client_id="c") for n in range(12)]
+    outcomes: list[Any] = []
+    async with running(options, [None]) as (gateway, stores):
+        admin = Admin(options)
+        assert admin.configure(archive, {"max.message.bytes": "3000"}) is None
+        admin.close()
+        for message in messages:  # one at a time: each would break a producer of its own
+            stores[0].submit([message], outcomes.append)
+            with trio.fail_after(LIMIT):
+                await stores[0].stop()
+    assert [bool(outcome) for outcome in outcomes] == [bool(n % 2) for n in range(12)]
+    counters = gateway.counters()
+    assert (counters["archive_rebuilds"], counters["dlq_too_large"]) == (1, 6)
