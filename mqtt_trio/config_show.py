@@ -9,6 +9,7 @@ import attrs
 
 from mqtt_trio import config_schema as schema
 from mqtt_trio import config_status as status
+from mqtt_trio.archive.options import acknowledging
 from mqtt_trio.config import LoadedConfig
 from mqtt_trio.config_schema import Key, Path
 from mqtt_trio.config_sources import Origin
@@ -33,8 +34,13 @@ def show(loaded: LoadedConfig) -> list[str]:
 
 
 def advice(loaded: LoadedConfig) -> list[str]:
-    """Return what the gateways would have otherwise, a line each; their options class may have `advice()` [K20]."""
-    return [line for options in loaded.gateways.values() for line in getattr(options, "advice", list)()]
+    """Return what the gateways would have otherwise, a line each; their options class may have `advice(groups)`, with
+    the names of the archive groups that keep acknowledgements waiting for that gateway's store [K20]."""
+    lines: list[str] = []
+    for section, options in loaded.gateways.items():
+        if callable(advise := getattr(options, "advice", None)):
+            lines += advise(acknowledging(loaded.options.archive_groups, section.upper()))
+    return lines
 
 
 def _table(lines: list[str], loaded: LoadedConfig, value: object, key: Key, path: Path) -> None:

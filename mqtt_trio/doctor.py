@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from mqtt_trio.app import GATEWAYS
-from mqtt_trio.archive.groups import merge_groups
+from mqtt_trio.archive.options import acknowledging, merge_groups
 from mqtt_trio.archive.spool_doctor import check_spool
 from mqtt_trio.config import LoadedConfig
 from mqtt_trio.errors import StartError, StoreError
@@ -55,7 +55,8 @@ def examine(loaded: LoadedConfig) -> Iterator[Finding]:
     for section, gateway in loaded.gateways.items():
         groups = [group for group in merge_groups(options.archive_groups) if group.store == section.upper()]
         package = importlib.import_module(GATEWAYS[section])
-        yield from package.examine(gateway, [group.kafka_topic for group in groups])
+        waited_for = acknowledging(options.archive_groups, section.upper())
+        yield from package.examine(gateway, [group.kafka_topic for group in groups], waited_for)
 
 
 def _directory(path: Path) -> Iterator[Finding]:

@@ -10,9 +10,16 @@ import kafka
 import trio
 
 from gateways.kafka.cluster import Cluster
+from gateways.kafka.options import KafkaOptions
 
 LIMIT = 60.0
 """Seconds after which a test that waits has failed."""
+
+
+def without_stream(options: KafkaOptions) -> KafkaOptions:
+    """Turn mqtt.messages off, which is on by itself: tests of something else share one Kafka, and would share that."""
+    messages = attrs.evolve(options.topics.messages, enabled=False)
+    return attrs.evolve(options, topics=attrs.evolve(options.topics, messages=messages))
 
 
 K = TypeVar("K")

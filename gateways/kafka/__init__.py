@@ -71,17 +71,20 @@ def check(options: KafkaOptions) -> None:
     schema_registry.check(options)
 
 
-def examine(options: object, archive_topics: Sequence[str | None]) -> Iterator[Finding]:
+def examine(
+    options: object, archive_topics: Sequence[str | None], acknowledging: Sequence[str] = ()
+) -> Iterator[Finding]:
     """Look at everything that section [Kafka] needs, for `mqtt-trio doctor`; blocks while it is read.
 
-    `archive_topics`: destinations of the archive groups that store in Kafka, None: the archive topic.
+    `archive_topics`: destinations of the archive groups that store in Kafka, None: the archive topic; `acknowledging`:
+    names of those with `Ack = "store"`.
     """
     from gateways.kafka.doctor import examine as look
 
     if not isinstance(options, KafkaOptions):
         raise TypeError(f"expected KafkaOptions, got {type(options).__name__}")
     check(options)
-    return look(options, archive_topics)
+    return look(options, archive_topics, acknowledging)
 
 
 def command(name: str) -> GatewayCommand:

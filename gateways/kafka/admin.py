@@ -97,10 +97,13 @@ def sole_member(options: KafkaOptions, group: str, topic: str) -> Iterator[None]
             if time.monotonic() > until:
                 raise _taken(found)
             time.sleep(INTERVAL)
-        own = {"session_timeout_ms": SESSION_TIMEOUT_MS, "max_poll_interval_ms": LONGEST_HOLD_MS, "max_poll_records": 1}
+        own = {
+            "session_timeout_ms": SESSION_TIMEOUT_MS, "max_poll_interval_ms": LONGEST_HOLD_MS, "max_poll_records": 1,
+            "enable_auto_commit": False,
+        }  # fmt: skip
         config = common_config(options, f"{socket.gethostname()}-{os.getpid()}") | normal_keys(options.consumer) | own
         with leak_safe() as make_client:
-            consumer = KafkaConsumer(kafka_client=make_client, group_id=group, enable_auto_commit=False, **config)
+            consumer = KafkaConsumer(kafka_client=make_client, group_id=group, **config)
         try:
             until = time.monotonic() + COORDINATOR_TIMEOUT
             # Who joins before it has heard of the topic gets no share, and stays without one.

@@ -11,7 +11,7 @@ from typing import Final
 
 import attrs
 
-from gateways.kafka.client_settings import ALL, BUS, producer_settings
+from gateways.kafka.client_settings import ALL, ARCHIVE, BUS, producer_settings
 from gateways.kafka.options import REPORTERS, KafkaOptions
 from gateways.kafka.topic_plan import (
     DAY_MS,
@@ -46,11 +46,12 @@ class Advice:
     mend: str
 
 
-def advice(options: KafkaOptions) -> list[Advice]:
-    """Return all there is to say, in the order of the configuration."""
+def advice(options: KafkaOptions, acknowledging: Sequence[str] = ()) -> list[Advice]:
+    """Return all there is to say, in the order of the configuration; `acknowledging`: the archive groups in Kafka with
+    `Ack = "store"`."""
     return [
         *_open_ways(options),
-        *_lax_acknowledgements(options),
+        *_lax_acknowledgements(options, acknowledging),
         *_few_copies(options),
         *_short_retention(options),
         *_no_compression(options),
@@ -76,11 +77,18 @@ def is_loopback(server: str) -> bool:
         return host == "localhost" or host.endswith(".localhost")
 
 
-def _lax_acknowledgements(options: KafkaOptions) -> Iterator[Advice]:
-    acks, origin = producer_settings(options, BUS)["acks"]
-    if options.bus.enabled and options.bus.ack == "store" and acks not in ALL:
-        text = f"PUBACK waits for Kafka, which confirms what one broker has, or none (acks = {acks!r}, {origin})"
-        yield Advice("Kafka.Bus.Ack", text, 'acks = "all"')
+def _lax_acknowledgements(options: KafkaOptions, acknowledging: Sequence[str]) -> Iterator[Advice]:
+    """PUBACK is said to come when the store has the message [K9]; fewer acks than all make little of that [K16]."""
+    waits = {ARCHIVE: [f"ArchiveGroups {name}: Ack" for name in acknowledging], BUS: list[str]()}
+    if options.bus.enabled and options.bus.ack == "store":
+        waits[BUS] = ["Kafka.Bus.Ack"]
+    for producer, keys in waits.items():
+        acks, origin = producer_settings(options, producer)["acks"]
+        if acks not in ALL:
+            has = "nobody need have" if acks == 0 else "one broker has, and may lose"
+            text = f"PUBACK waits for Kafka, which confirms what {has} (acks = {acks!r}, {origin})"
+            for key in keys:
+                yield Advice(key, text, '[Kafka.Producer] acks = "all"')
 
 
 def _few_copies(options: KafkaOptions) -> Iterator[Advice]:

@@ -14,8 +14,12 @@ Settings: TypeAlias = dict[str, tuple[object, str]]
 """Client option -> value, and where that comes from."""
 
 OURS: Final = "default of the gateway"
+ARCHIVE: Final = "archive"
 BUS: Final = "bus"
 """The producer that `Profile` leaves alone: nodes rely on it."""
+AUTO_COMMIT: Final = "enable_auto_commit"
+AUTO_COMMIT_INTERVAL: Final = "auto_commit_interval_ms"
+"""What says when offsets of mqtt.messages are stored; all other readers have reasons of their own."""
 
 COMMON: Final[Mapping[str, object]] = {
     "bootstrap_timeout_ms": 3000,
@@ -34,11 +38,16 @@ CONSUMER: Final[Mapping[str, object]] = {
     "fetch_max_bytes": 64 * 1024 * 1024,
     "max_partition_fetch_bytes": 4 * 1024 * 1024,
     "max_poll_records": 1000,
-    "enable_auto_commit": False,
+    AUTO_COMMIT: False,
     "auto_offset_reset": "earliest",
 }
 COMPAT_PRODUCER: Final[Mapping[str, object]] = {"acks": 1, "enable_idempotence": False}
 """What `Profile = "compat"` changes: the leader alone has a record when it is confirmed."""
+COMPAT_STREAM: Final[Mapping[str, object]] = {AUTO_COMMIT: True}
+"""What it changes about reading mqtt.messages: an offset is stored when its record was read."""
+OF_PROFILE: Final = 'Profile = "compat"'
+INTERVAL_MS: Final = 5000
+"""Kafka's own default."""
 
 ALL: Final = ("all", -1)
 CHOICES: Final[Mapping[str, tuple[object, ...]]] = {
@@ -67,7 +76,7 @@ def producer_settings(options: KafkaOptions, name: str) -> Settings:
     """Return the settings of the producer `name`, but for codec and linger, which each has of its own."""
     settings = common_settings() | _from(PRODUCER, OURS)
     if options.profile == "compat" and name != BUS:
-        settings |= _from(COMPAT_PRODUCER, 'Profile = "compat"')
+        settings |= _from(COMPAT_PRODUCER, OF_PROFILE)
     given = normal_keys(options.producer)
     given.pop("delivery_timeout_ms", None)  # `KafkaOptions.effective_delivery_timeout` has it
     settings |= _from(given, "[Kafka.Producer]")
@@ -78,8 +87,26 @@ def producer_settings(options: KafkaOptions, name: str) -> Settings:
 
 
 def consumer_settings(options: KafkaOptions) -> Settings:
-    """Return the settings of consumers."""
-    return common_settings() | _from(CONSUMER, OURS) | _from(normal_keys(options.consumer), "[Kafka.Consumer]")
+    """Return the settings of consumers; when offsets are stored is the reader's own affair, see `stream_settings`."""
+    given = normal_keys(options.consumer)
+    given.pop(AUTO_COMMIT, None)
+    return common_settings() | _from(CONSUMER, OURS) | _from(given, "[Kafka.Consumer]")
+
+
+def stream_settings(options: KafkaOptions) -> Settings:
+    """Return when offsets of mqtt.messages are stored [K11, K16]: with automatic commits every so many milliseconds for
+    what was read, else for what was delivered or is durably queued."""
+    settings = _from({AUTO_COMMIT: False, AUTO_COMMIT_INTERVAL: INTERVAL_MS}, OURS)
+    if options.profile == "compat":
+        settings |= _from(COMPAT_STREAM, OF_PROFILE)
+    given = normal_keys(options.consumer)
+    return settings | _from({name: given[name] for name in settings if name in given}, "[Kafka.Consumer]")
+
+
+def auto_commit_interval(options: KafkaOptions) -> float | None:
+    """Return the seconds between two automatic commits of mqtt.messages; None: they are not automatic."""
+    settings = values(stream_settings(options))
+    return settings[AUTO_COMMIT_INTERVAL] / 1000 if settings[AUTO_COMMIT] else None
 
 
 def values(settings: Settings) -> dict[str, Any]:
@@ -121,7 +148,7 @@ def _problems_of_idempotence(options: KafkaOptions) -> list[str]:
 
 def effective(options: KafkaOptions) -> Iterator[tuple[str, tuple[object, str]]]:
     """Yield what `mqtt-trio check` shows beside the keys: names, values and origins."""
-    settings = producer_settings(options, "archive")
+    settings = producer_settings(options, ARCHIVE)
     for name, setting in settings.items():
         yield f"Producer.{name}", setting
     for name, setting in producer_settings(options, BUS).items():
@@ -132,7 +159,10 @@ def effective(options: KafkaOptions) -> Iterator[tuple[str, tuple[object, str]]]
     yield "Producer.delivery_timeout_ms", (options.effective_delivery_timeout * 1000, origin)
     for name, setting in consumer_settings(options).items():
         yield f"Consumer.{name}", setting
-    origin = OURS if options.profile != "compat" else 'Profile = "compat"'
+    for name, setting in stream_settings(options).items():
+        if name != AUTO_COMMIT_INTERVAL or auto_commit_interval(options) is not None:
+            yield f"Consumer.{name}, of {options.messages_topic}", setting
+    origin = OURS if options.profile != "compat" else OF_PROFILE
     yield "Topics.Messages.Group", (options.messages_group, "its key" if options.topics.messages.group else origin)
 
 

@@ -41,9 +41,6 @@ TITLES: Final[Mapping[str, str]] = {
 }
 """Step of a connection -> what people call it."""
 
-READ: Final = ("Kafka.Topics.Bus", "Kafka.Topics.Messages", "Kafka.Topics.Retained")
-"""Topics that a node reads as well."""
-
 SKEW_RECORDS: Final = 1000
 """Records per partition, on average, below which nothing is said about their spread."""
 MOST_SKEW: Final = 3.0
@@ -57,9 +54,11 @@ class Examiner(AdminLike, Protocol):
     def may_create(self, name: str, partitions: int, replication_factor: int) -> str | None: ...
 
 
-def examine(options: KafkaOptions, archive_topics: Sequence[str | None]) -> Iterator[Finding]:
+def examine(
+    options: KafkaOptions, archive_topics: Sequence[str | None], acknowledging: Sequence[str] = ()
+) -> Iterator[Finding]:
     """Yield what is found as it is found; never raises for what is wrong with Kafka."""
-    told = advice(options)
+    told = advice(options, acknowledging)
     for one in told:
         yield Finding(Verdict.NOTE, one.about, one.text, one.mend)
     reached = False
@@ -187,9 +186,13 @@ def _spread(admin: Examiner, topic: str, partitions: int) -> Iterator[Finding]:
 
 
 def _rights(about: str, plan: TopicPlan, state: TopicState, tools: KafkaTools) -> Iterator[Finding]:
-    for allowed, operation, verb in ((state.writable, "Write", "write to"), (state.readable, "Read", "read")):
-        if not allowed and (operation == "Write" or plan.section in READ):
-            mend = f"somebody who may: {tools.allow(plan.name, operation)}"
+    needs = (
+        (plan.written and not state.writable, "Write", "write to"),
+        (plan.read and not state.readable, "Read", "read"),
+    )
+    for lacks, operation, verb in needs:
+        if lacks:
+            mend = f"somebody who may: {tools.allow(plan.name, operation)}{plan.spare}"
             yield Finding(Verdict.PROBLEM, about, f"this user may not {verb} it", mend)
     if not state.config:
         mend = f"somebody who may: {tools.allow(plan.name, 'DescribeConfigs')}"

@@ -10,6 +10,7 @@ import attrs
 import trio
 
 from gateways.kafka.bridge import CLOSE_GRACE
+from gateways.kafka.client_settings import auto_commit_interval
 from gateways.kafka.cluster import Cluster
 from gateways.kafka.exposed import ClientReport
 from gateways.kafka.group_poller import GroupPoller, Handed, MemberLike, Membership
@@ -58,7 +59,16 @@ class GroupBridge:
         open_consumer = self._open_consumer or self._open_real_one
         poller = GroupPoller(self.name, self._topic, open_consumer, self._cluster, hand_over)
         poller.on_joined = self._note_joined
+        if self._open_consumer is None:
+            poller.mend = self._remedy
+        if (interval := auto_commit_interval(self._options)) is not None:
+            poller.commit_automatically(interval)
         return poller
+
+    def _remedy(self, exc: Exception) -> str:
+        from gateways.kafka.stream_consumer import mend_of
+
+        return mend_of(self._options, self._group, exc)
 
     def _open_real_one(self, membership: Membership) -> MemberLike:
         from gateways.kafka.stream_consumer import StreamConsumer
@@ -89,6 +99,11 @@ class GroupBridge:
 
     def _note_joined(self) -> None:
         self._handover.soon(self.joined.set)
+
+    @property
+    def poller(self) -> GroupPoller:
+        """What reads, in its thread; for settings before `run`."""
+        return self._poller
 
     @property
     def owned(self) -> frozenset[Partition]:

@@ -1,4 +1,5 @@
-"""The thread that reads a topic as a member of a group: each record on one node, offsets stored once all is done.
+"""The thread that reads a topic as a member of a group: each record on one node, offsets stored once all is done, or,
+with automatic commits, once a record was taken for delivery [K16].
 
 Rebalances have one rule each way. What was handed over of a partition that is lost is dropped, unless it was delivered
 already; whoever gets the partition reads it from the stored offset. And what this process has delivered it does not
@@ -50,11 +51,19 @@ class Progress:
     """How far this process is with the partitions of one topic, whoever else read them meanwhile. A topic that is made
     again has a new one."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, automatic: bool = False) -> None:
+        """`automatic`: offsets are stored whether or not what was delivered is kept."""
         self.delivered: dict[Partition, int] = {}
         """The offset behind the last record that was taken for delivery; the Trio thread's."""
         self.done: dict[Partition, int] = {}
-        """The offset up to which everything is done with, for the group; written by the Trio thread."""
+        """The offset up to which everything is done with; written by the Trio thread."""
+        self.settled = self.delivered if automatic else self.done
+        """The offset that may be stored in the group."""
+        self._automatic = automatic
+
+    def fresh(self) -> Progress:
+        """Return that of another topic of this name."""
+        return Progress(automatic=self._automatic)
 
 
 class Membership:
@@ -73,8 +82,8 @@ class Membership:
     def revoked(self, partitions: Sequence[Partition]) -> dict[Partition, int]:
         """These go to others; return how far they need not read."""
         self.lost(partitions)
-        done = self.progress.done
-        return {partition: done[partition] for partition in partitions if partition in done}
+        settled = self.progress.settled
+        return {partition: settled[partition] for partition in partitions if partition in settled}
 
     def lost(self, partitions: Sequence[Partition]) -> None:
         """These are others' from now on."""
@@ -105,6 +114,9 @@ class GroupPoller(ReaderThread[MemberLike]):
     Attributes:
       owned: this node's share, as of the last poll.
       on_joined: called once, when it has got one.
+      mend: says, of an error, what somebody can do about it; empty when nobody can tell.
+      thin: returns what of some records, those of a partition side by side, has to be handed over; the last one of each
+        partition always is.
     """
 
     def __init__(
@@ -120,9 +132,12 @@ class GroupPoller(ReaderThread[MemberLike]):
         self.owned: frozenset[Partition] = frozenset()
         self.progress = Progress()
         self.on_joined: Callable[[], None] | None = None
+        self.mend: Callable[[Exception], str] = lambda _: ""
+        self.thin: Callable[[list[ConsumedRecord]], list[ConsumedRecord]] = list
         self._topic = topic
         self._open_consumer = open_consumer
         self._hand_over = hand_over
+        self._store_interval = STORE_INTERVAL
         self._membership = Membership()
         self._identity: object = None
         self._known = False
@@ -138,7 +153,13 @@ class GroupPoller(ReaderThread[MemberLike]):
         other = GroupPoller(self.name, self._topic, self._open_consumer, self._cluster, self._hand_over)
         other._take_over(self)
         other.progress, other._identity, other.on_joined = self.progress, self._identity, self.on_joined
+        other.mend, other.thin, other._store_interval = self.mend, self.thin, self._store_interval
         return other
+
+    def commit_automatically(self, interval: float) -> None:
+        """Store, every so many seconds, what was taken for delivery; before `run`."""
+        self.progress = Progress(automatic=True)
+        self._store_interval = max(interval, STORE_INTERVAL)
 
     def _open(self) -> MemberLike:
         self._membership = Membership(self.progress)
@@ -161,6 +182,9 @@ class GroupPoller(ReaderThread[MemberLike]):
     def _is_news(self, text: str) -> bool:
         told, self._told = self._told, text
         return text != told  # a right that it lacks is missing the next time as well
+
+    def _remedy(self, exc: Exception) -> str:
+        return self.mend(exc)
 
     def _read(self, consumer: MemberLike) -> None:
         self._find_topic(consumer)
@@ -191,7 +215,7 @@ class GroupPoller(ReaderThread[MemberLike]):
         identity = consumer.identity(self._topic)
         if self._is_other_topic(self._identity, identity):
             log.warning("Kafka topic %s was deleted and made again: it is read from its beginning", self._topic)
-            self.progress = self._membership.progress = Progress()
+            self.progress = self._membership.progress = self.progress.fresh()
         self._identity, self._known = identity, True
 
     def _miss(self) -> None:
@@ -210,7 +234,7 @@ class GroupPoller(ReaderThread[MemberLike]):
             # It may come back when others are further: what was done with before is not stored again.
             self._stored.pop(partition, None)
         for partition in owned - self.owned:
-            self._stored[partition] = self.progress.done.get(partition, 0)
+            self._stored[partition] = self.progress.settled.get(partition, 0)
         self.owned = owned
         if self.on_joined is not None and owned:
             hook, self.on_joined = self.on_joined, None
@@ -222,22 +246,22 @@ class GroupPoller(ReaderThread[MemberLike]):
         """Queue records in lists of bounded size. Those of a partition that was lost while they were fetched are left
         out: the tenure is looked at behind the fetch."""
         tenure = self._membership.tenure
-        mine = [record for record in records if (record.topic, record.partition) in self.owned]
+        mine = self.thin([record for record in records if (record.topic, record.partition) in self.owned])
         for _, chunk in chunks(mine):
             self._backlog.append(Handed(chunk, self._membership, tenure, self.progress))
 
     # Offsets
 
     def _to_store(self) -> dict[Partition, int]:
-        done = self.progress.done
-        found = {p: done.get(p, 0) for p in self.owned}
+        settled = self.progress.settled
+        found = {p: settled.get(p, 0) for p in self.owned}
         return {p: offset for p, offset in found.items() if offset > self._stored.get(p, 0)}
 
     def _store(self, consumer: MemberLike) -> None:
         now = time.monotonic()
         if now < self._next_store:
             return
-        self._next_store = now + STORE_INTERVAL
+        self._next_store = now + self._store_interval
         if offsets := self._to_store():
             self._stored.update(offsets)
             consumer.store(offsets, self._not_stored)

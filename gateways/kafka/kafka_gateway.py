@@ -25,7 +25,7 @@ from gateways.kafka.groups import bus_group
 from gateways.kafka.mapping import JsonMapper, RawMapper, RecordMapper
 from gateways.kafka.meanings import MEANINGS
 from gateways.kafka.metrics_out import MetricsOut
-from gateways.kafka.options import KafkaOptions
+from gateways.kafka.options import MESSAGES_KEY, WITHOUT_STREAM, KafkaOptions
 from gateways.kafka.poller import Assignment
 from gateways.kafka.precheck import probe
 from gateways.kafka.presence import watch_presence
@@ -85,7 +85,8 @@ class KafkaGateway:
             would meet archive records, and what is archived to the stream of messages would be published again.
         """
         if (key := {name: key for key, name in self.options.own_topics.items()}.get(topic or "")) is not None:
-            text = f"archive group {name}: KafkaTopic = {topic} is the topic of Kafka.{key}; name another"
+            mend = f"name another{WITHOUT_STREAM if key == MESSAGES_KEY else ''}"
+            text = f"archive group {name}: KafkaTopic = {topic} is the topic of Kafka.{key}; {mend}"
             raise ConfigError([text])
         if self._archive is None:
             self._archive = ProducerBridge(
@@ -251,9 +252,10 @@ class KafkaGateway:
         if self.options.bus.enabled:
             topics[self.options.bus_topic] = None
             topics[self.options.topics.retained.name or DEFAULTS["retained"].name] = None
-        if self.options.has_stream:
+        if self.options.has_stream and self.options.topics.messages.enabled:
+            # A node that did not ask for it stays in service when the topic is closed to it.
             topics[self.options.messages_topic] = None
-        if not topics:
+        if not topics and not self.options.has_stream:
             return []
         if (reason := self.cluster.reason_but_for(REPORTERS)) is not None:
             return [f"Kafka at {', '.join(self.cluster.servers)} is away: {reason}"]
@@ -313,7 +315,7 @@ class KafkaGateway:
         if self._stream is not None:
             lines.append(self._stream.describe())
         else:
-            lines.append("stream of messages: off; turn it on with [Kafka.Topics.Messages] Enabled = true")
+            lines.append("stream of messages: off; Enabled, Read or Write of [Kafka.Topics.Messages] turn it on")
         return lines
 
     def counters(self) -> dict[str, int]:

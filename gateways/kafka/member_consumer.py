@@ -116,7 +116,8 @@ class Rebalances(AsyncConsumerRebalanceListener):  # type: ignore[misc]  # kafka
 
 
 class MemberConsumer:
-    """One member of a group. One thread has it."""
+    """One member of a group. One thread has it. When offsets are stored is for that thread to say: kafka-python's own
+    automatic commits are off, since it knows of a record only that it has handed it out."""
 
     def __init__(
         self, options: KafkaOptions, name: str, group: str, topics: Sequence[str], listener: GroupListener
@@ -132,7 +133,11 @@ class MemberConsumer:
             "session_timeout_ms": 10_000,
             "partition_assignment_strategy": (CooperativeStickyAssignor,),
         }
-        config |= normal_keys(options.consumer)
+        config |= normal_keys(options.consumer) | {
+            "enable_auto_commit": False,
+            # Where the group has no offset, or Kafka has deleted what it points at; `begin_at_end` for "latest".
+            "auto_offset_reset": "earliest",
+        }
         batches.install()
         self._topics = list(topics)
         self._rebalances = Rebalances(listener)
@@ -140,9 +145,6 @@ class MemberConsumer:
             self._consumer = KafkaConsumer(
                 kafka_client=make_client,
                 group_id=group,
-                enable_auto_commit=False,
-                # Where the group has no offset, or Kafka has deleted what it points at; `begin_at_end` for "latest".
-                auto_offset_reset="earliest",
                 **config,
             )
         self._rebalances.consumer = self._consumer

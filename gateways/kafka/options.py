@@ -193,6 +193,8 @@ class TopicOptions:
     replication_factor: int | None = attrs.field(default=None, validator=optional([ge(1), le(100)]))
     """None: 3, or as many as there are brokers if these are fewer."""
     enabled: bool | None = None
+    """Whether to create the topic and to look after it; of events and the stream of messages, whether to use it at all.
+    None: as its feature is on, which the stream of messages is by itself."""
     config: dict[str, Any] = attrs.field(factory=dict)
     """Any topic property of Kafka, such as `retention.ms`."""
 
@@ -220,11 +222,14 @@ def check_filters(_instance: object, _attribute: attrs.Attribute[Any], filters: 
 
 @attrs.frozen(kw_only=True)
 class MessagesOptions(TopicOptions):
-    """[Kafka.Topics.Messages]: the public stream of messages, both ways [K11]."""
+    """[Kafka.Topics.Messages]: the public stream of messages, both ways; on unless `enabled` is false [K11]."""
 
+    write: bool = True
+    """What clients publish is written to it, as far as `filter` goes."""
+    read: bool = True
+    """What others put into it is published, whatever its topic, but never to $SYS."""
     filter: tuple[str, ...] = attrs.field(default=("#",), converter=as_filters, validator=check_filters)
-    """Topic Filters of what is written to the stream; a plain string is one filter, an empty list writes nothing. What
-    others put into it is published whatever its topic, but never to $SYS."""
+    """Topic Filters of what is written to the stream; a plain string is one filter, an empty list writes nothing."""
     group: str | None = attrs.field(default=None, validator=optional(matches_re(r"[\x21-\x7e]{1,255}")))
     """The consumer group in which the nodes share the work of reading it; two deployments on one Kafka need two. None:
     `monstermq-cluster`, or what `Profile` says (`KafkaOptions.messages_group`)."""
@@ -244,6 +249,10 @@ class TopicsOptions:
     sessions: TopicOptions = TopicOptions()
 
 
+MESSAGES_KEY: Final = "Topics.Messages"
+WITHOUT_STREAM: Final = "; without the stream of messages: [Kafka.Topics.Messages] Enabled = false"
+WITHOUT_READING: Final = "; without what others put into the stream: [Kafka.Topics.Messages] Read = false"
+"""These end what is said of the topic of a stream that nobody may have asked for."""
 REPORTERS: Final = ("kafka", "prometheus", "log")
 JAVA_CLASS: Final = re.compile(r"[A-Za-z_$][\w$]*(\.[A-Za-z_$][\w$]*)+")
 
@@ -296,8 +305,8 @@ class KafkaOptions:
     consumer: dict[str, Any] = attrs.field(factory=dict)
     """Options of kafka-python's KafkaConsumer, in its spelling or with dots."""
     profile: str = attrs.field(default="safe", validator=in_(("safe", "compat")))
-    """`compat`: acks=1 without idempotence, on everything but the bus, and the stream of messages is read in the group
-    `Monster`."""
+    """`compat`: acks=1 without idempotence, on everything but the bus; the stream of messages is read in the group
+    `Monster` with automatic commits."""
     metrics: MetricsOptions = MetricsOptions()
     window_messages: int = attrs.field(default=20_000, validator=[ge(100), le(1_000_000)])
     """Records that the archive producer, and that of the stream of messages, may hold each before Kafka has confirmed
@@ -317,16 +326,19 @@ class KafkaOptions:
         if bus is not None and bus != self.bus.topic and self.bus.topic != "monster":
             raise ValueError("Bus.Topic and Topics.Bus.Name name different topics; keep one of them")
         taken: dict[str, str] = {}
-        for key, name in (("Topics.Archive", self.archive_topic), *self.own_topics.items()):
+        named = {"Topics.Archive": self.archive_topic, **self._topics_beside_stream, **self.own_topics}
+        for key, name in named.items():
             if name in taken:
-                raise ValueError(f"{key} and {taken[name]} are the same topic, {name}; each needs one of its own")
+                mend = f"each needs one of its own{WITHOUT_STREAM if key == MESSAGES_KEY else ''}"
+                raise ValueError(f"{key} and {taken[name]} are the same topic, {name}; {mend}")
             taken[name] = key
 
-    def advice(self) -> Sequence[str]:
-        """Return what could be better, a line each, without a look at Kafka [K20]."""
+    def advice(self, acknowledging: Sequence[str] = ()) -> Sequence[str]:
+        """Return what could be better, a line each, without a look at Kafka [K20]. `acknowledging`: names of the
+        archive groups in Kafka that PUBACK waits for (`Ack = "store"`)."""
         from gateways.kafka.advice import advice
 
-        return [f"{one.about}: {one.text}; better: {one.mend}" for one in advice(self)]
+        return [f"{one.about}: {one.text}; better: {one.mend}" for one in advice(self, acknowledging)]
 
     def effective(self) -> Mapping[str, tuple[object, str]]:
         """Return what clients are set up with, below [Kafka], and where each value comes from [K16]."""
@@ -340,9 +352,21 @@ class KafkaOptions:
         return names_of(self.servers) or names_of(self.bootstrap_servers) or [DEFAULT_SERVERS]
 
     @property
+    def writes_stream(self) -> bool:
+        """What clients publish is written to mqtt.messages."""
+        messages = self.topics.messages
+        return messages.enabled is not False and messages.write and bool(messages.filter)
+
+    @property
+    def reads_stream(self) -> bool:
+        """What others put into mqtt.messages is published."""
+        messages = self.topics.messages
+        return messages.enabled is not False and messages.read
+
+    @property
     def has_stream(self) -> bool:
-        """mqtt.messages is read and written."""
-        return bool(self.topics.messages.enabled)
+        """mqtt.messages is written or read: wherever Kafka is configured, unless that is turned off [K11]."""
+        return self.writes_stream or self.reads_stream
 
     @property
     def writes_metrics(self) -> bool:
@@ -361,16 +385,24 @@ class KafkaOptions:
         return self.topics.bus.name or self.bus.topic
 
     @property
+    def _topics_of_bus(self) -> dict[str, str]:
+        return {"Bus.Topic": self.bus_topic, "Topics.Retained": self.topics.retained.name or "mqtt.retained"}
+
+    @property
+    def _topics_beside_stream(self) -> dict[str, str]:
+        """Topics that the stream of messages cannot have, whether or not this node is on the bus: others may be."""
+        return self._topics_of_bus if self.has_stream else {}
+
+    @property
     def own_topics(self) -> dict[str, str]:
         """Topics that hold one thing alone: by the key below [Kafka] that names each, where its feature is on."""
         topics, found = self.topics, dict[str, str]()
-        if self.bus.enabled or self.has_stream:
-            found["Bus.Topic"] = self.bus_topic
-            found["Topics.Retained"] = topics.retained.name or "mqtt.retained"
+        if self.bus.enabled:
+            found |= self._topics_of_bus
         if topics.dlq.enabled is not False:
             found["Topics.Dlq"] = topics.dlq.name or "mqtt.dlq"
         if self.has_stream:
-            found["Topics.Messages"] = self.messages_topic
+            found[MESSAGES_KEY] = self.messages_topic
         if topics.events.enabled:
             found["Topics.Events"] = topics.events.name or "mqtt.events"
         if self.writes_metrics:

@@ -125,6 +125,10 @@ class ReaderThread(ABC, Generic[AnyConsumer]):
         """Tell whether it is to be logged that the consumer is replaced because of `text`."""
         return True
 
+    def _remedy(self, exc: Exception) -> str:
+        """Return what ends the line about such an error: what somebody can do; empty when nobody can tell."""
+        return ""
+
     # What all of them need
 
     def _alive(self, doing: str) -> None:
@@ -147,7 +151,7 @@ class ReaderThread(ABC, Generic[AnyConsumer]):
         self.rebuilds += opened
         reason = self._cluster.probe()
         if reason is None and opened and not self._away and self._is_news(text):
-            log.warning("Kafka consumer %s is replaced: %s", self.name, text)
+            log.warning("Kafka consumer %s is replaced: %s%s", self.name, text, self._remedy(exc))
         if not opened or reason is not None:
             self._note_away(reason or text)
 

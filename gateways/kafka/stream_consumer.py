@@ -12,10 +12,12 @@ from functools import partial
 from typing import Final
 
 from kafka import TopicPartition
+from kafka.errors import GroupAuthorizationFailedError, TopicAuthorizationFailedError
 
 from gateways.kafka.lag import Partition
 from gateways.kafka.member_consumer import GroupListener, MemberConsumer, pairs, stored
-from gateways.kafka.options import KafkaOptions
+from gateways.kafka.options import WITHOUT_READING, KafkaOptions
+from gateways.kafka.topic_plan import KafkaTools
 
 POSITION_TIMEOUT_MS: Final = 1000
 NotStored = Callable[[Mapping[Partition, int], Exception], None]
@@ -67,3 +69,13 @@ def answered(offsets: Mapping[Partition, int], failed: NotStored, _stored: objec
     """Kafka has answered a commit."""
     if isinstance(answer, Exception):
         failed(offsets, answer)
+
+
+def mend_of(options: KafkaOptions, group: str, error: Exception) -> str:
+    """Say what somebody can do about a right that this node's user lacks; nothing of other errors."""
+    tools = KafkaTools.of(options)
+    if isinstance(error, GroupAuthorizationFailedError):
+        return f"; somebody who may: {tools.allow_group(group)}{WITHOUT_READING}"
+    if isinstance(error, TopicAuthorizationFailedError):
+        return f"; somebody who may: {tools.allow(options.messages_topic, 'Read')}{WITHOUT_READING}"
+    return ""

@@ -19,7 +19,7 @@ import trio
 
 from gateways.kafka.group_poller import Handed, Membership, Progress
 from gateways.kafka.records import ConsumedRecord, Reason
-from gateways.kafka.stream_records import MalformedError, is_own, message_of
+from gateways.kafka.stream_records import MalformedError, OwnRecords, is_own, message_of
 from mqtt_trio.gateway import Hold, LocalClient, Parcel
 
 log = logging.getLogger("gateways.kafka.messages")
@@ -75,6 +75,7 @@ class StreamIn:
 
     def __init__(self, local: LocalClient, letters: Letters) -> None:
         """`local` publishes; `letters` get what is no message."""
+        self.own_records = OwnRecords()
         self.own = self.published = self.malformed = self.repeated = self.left = self.undelivered = 0
         self._local = local
         self._letters = letters
@@ -296,7 +297,7 @@ class StreamIn:
     def counters(self) -> dict[str, int]:
         """Counters by name."""
         return {
-            "stream_records_own": self.own,
+            "stream_records_own": self.own + self.own_records.left_out,
             "stream_messages_published": self.published,
             "stream_records_malformed": self.malformed,
             "stream_records_repeated": self.repeated,

@@ -12,7 +12,7 @@ from typing import Final
 
 import attrs
 
-from gateways.kafka.options import KafkaOptions, TopicOptions
+from gateways.kafka.options import WITHOUT_STREAM, KafkaOptions, TopicOptions
 
 SECOND_MS: Final = 1000
 DAY_MS: Final = 24 * 3600 * SECOND_MS
@@ -21,6 +21,8 @@ LARGE_MESSAGES: Final = str(4 * 1024 * 1024)
 """max.message.bytes where MQTT payloads go: the largest packet of the default limits, in base64, fits."""
 MIN_ISR: Final = "min.insync.replicas"
 CLEANUP: Final = "cleanup.policy"
+READ: Final = ("bus", "retained")
+"""Topics that a node always reads as well."""
 DENIED: Final = "denied"
 """Why Kafka did not do something, when it is for a right that our user lacks."""
 
@@ -36,6 +38,12 @@ class TopicPlan:
     config: Mapping[str, str] = attrs.field(factory=dict)
     section: str = ""
     """Where the configuration speaks of it, such as `Kafka.Topics.Bus`."""
+    written: bool = True
+    """A node writes to it."""
+    read: bool = False
+    """A node reads it."""
+    spare: str = ""
+    """Ends what is said of a right that is missing: how to do without the topic, which nobody may have asked for."""
 
     def factor(self, brokers: int) -> int:
         """Return the replication factor in a cluster of so many brokers."""
@@ -131,6 +139,13 @@ def plan_for(purpose: str, options: TopicOptions, name: str | None = None) -> To
     )
 
 
+def with_use(plan: TopicPlan, purpose: str, options: KafkaOptions) -> TopicPlan:
+    """Return the plan with what a node does with the topic."""
+    if purpose == "messages":
+        return attrs.evolve(plan, written=options.writes_stream, read=options.reads_stream, spare=WITHOUT_STREAM)
+    return attrs.evolve(plan, read=purpose in READ)
+
+
 def plan_topics(options: KafkaOptions, archive_topics: Iterable[str | None] = ()) -> list[TopicPlan]:
     """Return the topics that this configuration uses.
 
@@ -141,7 +156,7 @@ def plan_topics(options: KafkaOptions, archive_topics: Iterable[str | None] = ()
         topic: TopicOptions = getattr(options.topics, purpose)
         if is_used(purpose, options) if topic.enabled is None else topic.enabled:
             plan = plan_for(purpose, topic, options.bus_topic if purpose == "bus" else None)
-            plans.setdefault(plan.name, plan)
+            plans.setdefault(plan.name, with_use(plan, purpose, options))
     for name in archive_topics:
         plan = plan_for("archive", options.topics.archive, name)
         plans.setdefault(plan.name, plan)
@@ -330,5 +345,12 @@ class KafkaTools:
 
     def allow(self, topic: str, *operations: str) -> str:
         """Give this node's user rights on a topic."""
+        return self._allow(operations, "--topic", topic)
+
+    def allow_group(self, group: str) -> str:
+        """Let this node's user be a member of a consumer group."""
+        return self._allow(("Read",), "--group", group)
+
+    def _allow(self, operations: Sequence[str], kind: str, name: str) -> str:
         wanted = [part for operation in operations for part in ("--operation", operation)]
-        return self._command("kafka-acls", "--add", "--allow-principal", f"User:{self.user}", *wanted, "--topic", topic)
+        return self._command("kafka-acls", "--add", "--allow-principal", f"User:{self.user}", *wanted, kind, name)

@@ -75,11 +75,12 @@ def denied_text(plan: TopicPlan, tools: KafkaTools, brokers: int, *, hidden: boo
     """Say that a topic is not there for us and that we may not create it, with the commands for somebody who may."""
     create = tools.create(plan, brokers)
     if not hidden:
-        return f"Kafka topic {plan.name} is missing and this node may not create it; somebody who may: {create}"
+        text = f"Kafka topic {plan.name} is missing and this node may not create it; somebody who may: {create}"
+        return text + plan.spare
     allow = tools.allow(plan.name, "Describe", "DescribeConfigs", "Read", "Write")
     return (
         f"Kafka topic {plan.name} may be neither seen nor created by this node's user; somebody who may, if there is "
-        f"such a topic: {allow}; if not, also: {create}"
+        f"such a topic: {allow}; if not, also: {create}{plan.spare}"
     )
 
 
@@ -176,10 +177,11 @@ class TopicManager:
             state = found.states.get(plan.name)
             if state is None:
                 self._report_missing(plan, found)
-            elif not state.writable:
+            elif plan.written and not state.writable:
                 text = f"this node may not write to Kafka topic {plan.name}"
                 self._cluster.cannot(plan.name, Reason.DENIED, text)
-                self._say(logging.ERROR, f"{text}; somebody who may: {self._tools.allow(plan.name, 'Write')}")
+                mend = self._tools.allow(plan.name, "Write") + plan.spare
+                self._say(logging.ERROR, f"{text}; somebody who may: {mend}")
             elif state.leaders:  # else it is being made or its brokers are down: look again
                 limit = state.config.get("max.message.bytes", "")
                 size = int(limit) if limit.isdigit() else DEFAULT_MAX_MESSAGE_BYTES

@@ -59,7 +59,7 @@ RETRIABLE: Final = (kafka_errors.RetriableError, kafka_errors.KafkaTimeoutError)
 OWNED: Final = frozenset(
     {
         "bootstrap_servers", "kafka_client", "key_serializer", "value_serializer", "key_deserializer",
-        "value_deserializer", "transactional_id", "partitioner", "group_id", "enable_auto_commit", "auto_offset_reset",
+        "value_deserializer", "transactional_id", "partitioner", "group_id", "auto_offset_reset",
         "allow_auto_create_topics", "selector", "partition_assignment_strategy", "default_offset_commit_callback",
         "consumer_timeout_ms", "metric_reporters", "metric_group_prefix", "socket_options", "client_id",
     }
@@ -68,7 +68,6 @@ OWNED: Final = frozenset(
 INSTEAD: Final[Mapping[str, str]] = {
     "auto_offset_reset": ', "earliest"; `mqtt-trio offsets reset` moves a group elsewhere before its first start',
     "bootstrap_servers": "; the key is Kafka.Servers",
-    "enable_auto_commit": ", false: an offset is stored when the message is where it has to go",
     "group_id": "; Kafka.Topics.Messages.Group names the group of the stream",
 }
 """What stands for some of them."""

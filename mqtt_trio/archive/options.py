@@ -184,6 +184,11 @@ def merge_groups(
     return list(merged.values())
 
 
+def acknowledging(options: Iterable[ArchiveGroupOptions], store: str) -> list[str]:
+    """Return the names of the enabled groups in `store` that PUBACK and PUBREC wait for [K9]."""
+    return [group.name for group in options if group.enabled and group.store == store and group.ack == "store"]
+
+
 def _disagreements(index: int, first: ArchiveGroupOptions, group: ArchiveGroupOptions, target: str) -> Iterable[str]:
     keys = {"Format": "format", "TimestampFormat": "timestamp_format", "Ack": "ack", "OnOutage": "outage_policy"}
     for key, name in keys.items():

@@ -17,6 +17,7 @@ from gateways.kafka.options import BusOptions, KafkaOptions, MetricsOptions, Top
 from mqtt_trio import __main__ as command_line
 from mqtt_trio.config import Overrides, load_config
 from mqtt_trio.errors import ConfigError
+from tests.gateway_support import without_stream
 from tests.gateways.memory_bus import FakeHost
 
 HOUR_MS = 3_600_000
@@ -92,6 +93,36 @@ def test_a_number_in_sync_that_defeats_what_store_promises() -> None:
     assert few(THREE, 3, 2) == few(THREE, 3, 3) == few(THREE, None, "") == []
     bus = TopicOptions(config={"min.insync.replicas": 1})
     assert advice(KafkaOptions(servers=THREE, topics=TopicsOptions(bus=bus))) == [], "the bus is off"
+
+
+def test_archive_groups_whose_acknowledgement_says_little() -> None:
+    """[K9, K16]: what PUBACK waits for is on the leader alone with `compat`."""
+    assert advice(KafkaOptions(), ["A"]) == []
+    assert advice(KafkaOptions(profile="compat")) == []
+    first, second = advice(KafkaOptions(profile="compat"), ["A", "B"])
+    assert (first.about, second.about) == ("ArchiveGroups A: Ack", "ArchiveGroups B: Ack")
+    assert first.text == (
+        'PUBACK waits for Kafka, which confirms what one broker has, and may lose (acks = 1, Profile = "compat")'
+    )
+    assert first.mend == '[Kafka.Producer] acks = "all"'
+    (none,) = advice(KafkaOptions(producer={"acks": 0}), ["A"])
+    assert "confirms what nobody need have (acks = 0, [Kafka.Producer])" in none.text
+    assert advice(KafkaOptions(profile="compat", producer={"acks": "all"}), ["A"]) == []
+
+
+def test_check_and_doctor_name_the_groups(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "config.toml"
+    file.write_text(
+        '[Kafka]\nServers = "127.0.0.1:1"\nProfile = "compat"\n'
+        '[[ArchiveGroups]]\nName = "Waits"\nStore = "KAFKA"\nAck = "store"\nKafkaTopic = "w"\n'
+        '[[ArchiveGroups]]\nName = "Not"\nStore = "KAFKA"\n'
+        '[[ArchiveGroups]]\nName = "Off"\nStore = "KAFKA"\nAck = "store"\nKafkaTopic = "o"\nEnabled = false\n'
+        '[[ArchiveGroups]]\nName = "File"\nStore = "SQLITE"\nAck = "store"\n'
+    )
+    for command, begin in (("check", "# warning: "), ("doctor", "note     ")):
+        command_line.main([command, "--config", str(file), "--data", str(tmp_path)])
+        lines = [line for line in capsys.readouterr().out.splitlines() if "ArchiveGroups " in line]
+        assert [line.partition(": Ack: ")[0] for line in lines] == [f"{begin}ArchiveGroups Waits"], command
 
 
 def test_retention_that_is_shorter_than_an_outage() -> None:
@@ -177,7 +208,7 @@ class Heard(logging.Handler):
 
 async def test_the_log_reporter() -> None:
     metrics = MetricsOptions(enabled=True, interval=1, reporters=["log", CONFLUENT])
-    gateway = KafkaGateway(KafkaOptions(servers="127.0.0.1:1", metrics=metrics))
+    gateway = KafkaGateway(without_stream(KafkaOptions(servers="127.0.0.1:1", metrics=metrics)))
     gateway.archive_store(None, "Default")
     logger, heard = logging.getLogger("gateways.kafka"), Heard()
     logger.addHandler(heard)

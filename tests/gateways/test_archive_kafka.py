@@ -35,7 +35,7 @@ from gateways.kafka.topics import TopicManager
 from gateways.kafka.workers import consumed, quiet_loggers
 from mqtt_trio.errors import ConfigError
 from mqtt_trio.gateway import Message, MessageProperties, Outcome
-from tests.gateway_support import LIMIT, Outcomes, read_records, told
+from tests.gateway_support import LIMIT, Outcomes, read_records, told, without_stream
 from tests.kafka_support import KafkaNode, unique_name
 
 
@@ -282,7 +282,7 @@ class FakeHost:
 
 @asynccontextmanager
 async def running(options: KafkaOptions, topics: Sequence[str | None]) -> AsyncIterator[tuple[KafkaGateway, list[Any]]]:
-    gateway = build(options)
+    gateway = build(without_stream(options))
     stores = [gateway.archive_store(topic, f"group-{number}") for number, topic in enumerate(topics)]
     async with trio.open_nursery() as nursery:
         with trio.fail_after(LIMIT):
@@ -355,7 +355,8 @@ async def test_a_kafka_that_is_not_there_is_told_once(
             "Kafka.Consumer.auto_offset_reset: set by the gateway itself, ",
         ),
         ({"producer": {"auto_offset_reset": "earliest"}}, "Kafka.Producer.auto_offset_reset: set by the gateway"),
-        ({"consumer": {"enable.auto.commit": True}}, "Kafka.Consumer.enable_auto_commit: set by the gateway itself, f"),
+        ({"consumer": {"enable.auto.commit": 1}}, "Kafka.Consumer.enable_auto_commit: expected true or false, got 1"),
+        ({"producer": {"enable.auto.commit": True}}, "Kafka.Producer.enable_auto_commit: kafka-python has no such opt"),
         ({"producer": {"linger_ms": "abc"}}, "Kafka.Producer.linger_ms: expected a number, got 'abc'"),
         ({"producer": {"linger_ms": True}}, "Kafka.Producer.linger_ms: expected a number, got True"),
         ({"producer": {"linger.ms": -1}}, "Kafka.Producer.linger_ms: expected 0 or more, got -1"),

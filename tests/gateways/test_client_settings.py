@@ -16,6 +16,7 @@ from gateways.kafka.client_settings import (
     CONSUMER,
     OURS,
     PRODUCER,
+    auto_commit_interval,
     consumer_settings,
     problems_of,
     producer_settings,
@@ -50,6 +51,18 @@ def test_the_group_of_the_stream() -> None:
     assert KafkaOptions(profile="compat").messages_group == "Monster"
     topics = TopicsOptions(messages=MessagesOptions(group="monstermq-cluster"))
     assert KafkaOptions(profile="compat", topics=topics).messages_group == "monstermq-cluster"
+
+
+def test_when_offsets_of_the_stream_are_stored() -> None:
+    """[K16]: automatic commits are the profile's, for that one reader; all can be said otherwise."""
+    assert auto_commit_interval(KafkaOptions()) is None
+    compat = KafkaOptions(profile="compat")
+    assert auto_commit_interval(compat) == 5
+    assert consumer_settings(compat)["enable_auto_commit"] == (False, OURS), "the bus keeps its own account"
+    assert auto_commit_interval(KafkaOptions(profile="compat", consumer={"enable.auto.commit": False})) is None
+    given = {"enable.auto.commit": True, "auto.commit.interval.ms": 200}
+    assert auto_commit_interval(KafkaOptions(consumer=given)) == 0.2
+    assert consumer_settings(KafkaOptions(consumer=given))["enable_auto_commit"] == (False, OURS)
 
 
 def test_what_is_given_wins() -> None:
@@ -101,12 +114,17 @@ def test_check_shows_each_setting_with_its_origin() -> None:
     assert found["Kafka.Producer.delivery_timeout_ms"] == ("60000", "DeliveryTimeout")
     assert found["Kafka.Topics.Messages.Group"] == ('"monstermq-cluster"', OURS)
     assert found["Kafka.Consumer.fetch_max_bytes"] == ("67108864", OURS)
+    assert found["Kafka.Consumer.enable_auto_commit, of mqtt.messages"] == ("false", OURS)
+    assert "Kafka.Consumer.auto_commit_interval_ms, of mqtt.messages" not in found
     assert not any("of the bus" in name for name in found)
     found = shown("Kafka.Profile=compat", "Kafka.Producer.linger.ms=7", "Kafka.Producer.delivery.timeout.ms=9000")
     assert found["Kafka.Producer.acks"] == ("1", COMPAT)
     assert found["Kafka.Producer.acks, of the bus"] == ('"all"', OURS)
     assert found["Kafka.Producer.enable_idempotence"] == ("false", COMPAT)
     assert found["Kafka.Topics.Messages.Group"] == ('"Monster"', COMPAT)
+    assert found["Kafka.Consumer.enable_auto_commit"] == ("false", OURS)
+    assert found["Kafka.Consumer.enable_auto_commit, of mqtt.messages"] == ("true", COMPAT)
+    assert found["Kafka.Consumer.auto_commit_interval_ms, of mqtt.messages"] == ("5000", OURS)
     assert found["Kafka.Producer.linger_ms"] == ("7", GIVEN)
     assert found["Kafka.Producer.delivery_timeout_ms"] == ("9000", GIVEN)
 

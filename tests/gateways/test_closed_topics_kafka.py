@@ -24,7 +24,7 @@ from gateways.kafka.options import BusOptions, KafkaOptions, TopicOptions, Topic
 from mqtt_trio.archive.groups import ArchiveGroup, ArchiveGroupOptions
 from mqtt_trio.archive.spool import Spool
 from mqtt_trio.gateway import FrameRun, Hold, Message
-from tests.gateway_support import LIMIT
+from tests.gateway_support import LIMIT, without_stream
 from tests.gateways.memory_bus import FakeHost, run_of
 from tests.gateways.secured import login, options_of, trust
 from tests.kafka_support import SecureKafka, unique_name
@@ -147,7 +147,7 @@ async def running(kafka: SecureKafka, topics: Topics, folder: Path) -> AsyncIter
         producer={"delivery.timeout.ms": int(TIMEOUT * 1000)},
         consumer={"metadata_max_age_ms": 500},
     )
-    gateway = build(options)
+    gateway = build(without_stream(options))
     host = FakeHost("node", bytes(16))
     host.data = folder
     group = ArchiveGroup(

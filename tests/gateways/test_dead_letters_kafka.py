@@ -21,7 +21,7 @@ from gateways.kafka.options import KafkaOptions, TopicOptions, TopicsOptions
 from gateways.kafka.records import Reason
 from gateways.kafka.schema_files import load_schema
 from mqtt_trio.gateway import Message
-from tests.gateway_support import LIMIT, read_records
+from tests.gateway_support import LIMIT, read_records, without_stream
 from tests.gateways.memory_bus import FakeHost
 from tests.kafka_support import KafkaNode, unique_name
 
@@ -31,7 +31,7 @@ VALIDATOR = Draft202012Validator(load_schema("mqtt_dlq.schema.json"))
 
 @asynccontextmanager
 async def running(options: KafkaOptions, topics: Sequence[str | None]) -> AsyncIterator[tuple[KafkaGateway, list[Any]]]:
-    gateway = build(options)
+    gateway = build(without_stream(options))
     stores = [gateway.archive_store(topic, f"group-{number}") for number, topic in enumerate(topics)]
     async with trio.open_nursery() as nursery:
         with trio.fail_after(LIMIT):

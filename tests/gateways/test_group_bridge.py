@@ -11,7 +11,7 @@ import trio
 
 from gateways.kafka.cluster import Cluster, TopicFacts
 from gateways.kafka.group_bridge import SLOTS, GroupBridge
-from gateways.kafka.group_poller import Handed
+from gateways.kafka.group_poller import Handed, Membership, Progress
 from gateways.kafka.options import KafkaOptions
 from gateways.kafka.reader_thread import CHUNK_RECORDS
 from tests.gateway_support import LIMIT, told
@@ -52,11 +52,13 @@ class Member:
 
 
 @asynccontextmanager
-async def member(group: MemoryGroup, cluster: Cluster | None = None) -> AsyncIterator[Member]:
+async def member(
+    group: MemoryGroup, cluster: Cluster | None = None, options: KafkaOptions | None = None
+) -> AsyncIterator[Member]:
     async with trio.open_nursery() as nursery:
         made = Member(group)
         made.bridge = GroupBridge(
-            KafkaOptions(), cluster or Cluster(["k"]), TOPIC, "g", made.on_records, name="reader",
+            options or KafkaOptions(), cluster or Cluster(["k"]), TOPIC, "g", made.on_records, name="reader",
             open_consumer=group.open,
         )  # fmt: skip
         await nursery.start(made.bridge.run)
@@ -79,6 +81,24 @@ async def test_what_is_done_with_is_stored_and_a_successor_goes_on_there() -> No
     assert group.left == [1]
     async with member(group) as two:
         await two.until(lambda: two.values == [b"3"])
+
+
+async def test_automatic_commits_wait_for_nobody_but_the_interval() -> None:
+    """[K16]: what was taken for delivery is stored, kept or not; what was read and not taken is not."""
+    group, gate = MemoryGroup({FIRST: [b"0", b"1"]}), trio.Event()
+    gate.set()
+    automatic = KafkaOptions(profile="compat", consumer={"auto.commit.interval.ms": 10})
+    async with member(group, options=automatic) as one:
+        one.keeps = False
+        await one.until(lambda: group.stored == {FIRST: 2})
+        one.bridge.room = trio.Event().wait
+        group.put(b"2")
+        await one.until(lambda: one.bridge._poller.received == 3)
+        await one.bridge.stop()
+    assert group.stored == {FIRST: 2}
+    taken = Membership(Progress(automatic=True))
+    taken.progress.delivered[FIRST] = 3
+    assert taken.revoked([FIRST, SECOND]) == {FIRST: 3}, "whoever gets the partition goes on behind them"
 
 
 async def test_a_slow_reader_fetches_no_more_and_stays_a_member() -> None:

@@ -27,7 +27,7 @@ from gateways.kafka.poller import Assignment
 from gateways.kafka.records import ConsumedRecord, Reason
 from gateways.kafka.schema_files import load_schema
 from mqtt_trio.gateway import Message
-from tests.gateway_support import LIMIT
+from tests.gateway_support import LIMIT, without_stream
 from tests.gateways.memory_bus import NOW, FakeHost
 from tests.kafka_support import KafkaNode, unique_name
 
@@ -81,7 +81,7 @@ async def test_a_topic_in_each_codec_is_read(kafka: KafkaNode) -> None:
 
 @asynccontextmanager
 async def running(options: KafkaOptions, node_id: str, instance: bytes) -> AsyncIterator[tuple[KafkaGateway, FakeHost]]:
-    gateway, host = build(options), FakeHost(node_id, instance)
+    gateway, host = build(without_stream(options)), FakeHost(node_id, instance)
     with TemporaryDirectory() as folder:
         host.data = Path(folder)
         async with trio.open_nursery() as nursery:

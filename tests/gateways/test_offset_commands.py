@@ -22,6 +22,7 @@ from gateways.kafka.records import ConsumedRecord
 from gateways.kafka.topic_plan import TopicPlan
 from gateways.kafka.topics import survey
 from mqtt_trio.__main__ import main
+from tests.gateway_support import without_stream
 from tests.gateways.memory_bus import FakeHost
 from tests.kafka_support import KafkaNode, unique_name
 
@@ -272,7 +273,7 @@ async def test_reset_refuses_the_checkpoint_of_a_live_node(
     def reset() -> int:
         return setting.reset("earliest", "--execute", group=group)
 
-    gateway, host = build(options), FakeHost(node, os.urandom(16))
+    gateway, host = build(without_stream(options)), FakeHost(node, os.urandom(16))
     host.data = tmp_path
     async with trio.open_nursery() as nursery:
         with trio.fail_after(LIMIT):

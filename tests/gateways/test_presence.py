@@ -13,17 +13,28 @@ from gateways.kafka import meanings, presence
 from gateways.kafka.cluster import Cluster, TopicFacts
 from gateways.kafka.kafka_gateway import KafkaGateway
 from gateways.kafka.meanings import MEANINGS
-from gateways.kafka.options import BusOptions, KafkaOptions
-from tests.gateway_support import told
+from gateways.kafka.options import BusOptions, KafkaOptions, MessagesOptions, TopicsOptions
+from tests.gateway_support import told, without_stream
 from tests.gateways.memory_bus import FakeHost
 
 KAFKA = "127.0.0.1:1"
 
 
 def test_nobody_misses_kafka_while_nothing_uses_it() -> None:
-    gateway = KafkaGateway(KafkaOptions(servers=KAFKA))
+    gateway = KafkaGateway(without_stream(KafkaOptions(servers=KAFKA)))
     gateway.cluster.away("topics", "nothing listens")
     assert gateway.unready() == []
+
+
+@pytest.mark.parametrize("enabled", [None, True])
+def test_the_stream_misses_kafka_and_its_topic_where_somebody_asked_for_it(enabled: bool | None) -> None:
+    """[K1, K11]: on by itself, it takes no node out of service that lacks the rights for it."""
+    topics = TopicsOptions(messages=MessagesOptions(enabled=enabled, name="m"))
+    gateway = KafkaGateway(KafkaOptions(servers=KAFKA, topics=topics))
+    missing = ["Kafka topic m is missing or without a leader"]
+    assert gateway.unready() == (missing if enabled else [])
+    gateway.cluster.away("topics", "nothing listens")
+    assert gateway.unready() == [f"Kafka at {KAFKA} is away: nothing listens"]
 
 
 def test_an_archive_group_misses_kafka_and_its_topic() -> None:

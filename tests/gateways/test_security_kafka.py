@@ -20,7 +20,7 @@ from gateways.kafka import build
 from gateways.kafka.kafka_gateway import KafkaGateway
 from gateways.kafka.options import BusOptions, KafkaOptions, TopicOptions, TopicsOptions
 from mqtt_trio.gateway import ArchiveStore, Message
-from tests.gateway_support import LIMIT
+from tests.gateway_support import LIMIT, without_stream
 from tests.gateways.memory_bus import NOW, FakeHost
 from tests.gateways.secured import WAYS, login, options_of, trust
 from tests.kafka_support import SecureKafka, unique_name
@@ -59,7 +59,7 @@ class Node:
 
 @asynccontextmanager
 async def running(options: KafkaOptions, node_id: str, nursery: trio.Nursery) -> AsyncIterator[Node]:
-    gateway, host = build(options), FakeHost(node_id, os.urandom(16))
+    gateway, host = build(without_stream(options)), FakeHost(node_id, os.urandom(16))
     node = Node(host, gateway, gateway.archive_store(None, "all"))
     with TemporaryDirectory() as folder, trio.CancelScope() as scope:
         host.data = Path(folder)

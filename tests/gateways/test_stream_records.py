@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from gateways.kafka.mapping import json_value
 from gateways.kafka.records import ConsumedRecord
-from gateways.kafka.stream_records import GUARD_HEADER, MalformedError, OutsideMessage, is_own, message_of
+from gateways.kafka.stream_records import GUARD_HEADER, MalformedError, OutsideMessage, OwnRecords, is_own, message_of
 from mqtt_trio.gateway import Message, MessageProperties
 
 MOMENT = 1_705_314_600.123
@@ -55,6 +55,21 @@ def test_everything_that_this_broker_writes_is_understood() -> None:
     assert message_of(record(json_value(message, "node", round(MOMENT * 1000)))) == OutsideMessage(
         "a/b", b"\xff\xfe", 2, True, properties, "sensor", MOMENT
     )
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.booleans()), max_size=30))
+def test_own_records_that_others_follow_are_left_out(seeds: list[tuple[int, bool]]) -> None:
+    """What is left of each partition has all that others wrote, in order, and its last record whoever wrote that."""
+    mark = [(GUARD_HEADER, b"n")]
+    all_of = [
+        ConsumedRecord("m", partition, offset, None, b"", mark if own else [], 0)
+        for offset, (partition, own) in enumerate(sorted(seeds))
+    ]
+    own_records = OwnRecords()
+    kept = own_records.thin(all_of)
+    assert own_records.left_out == len(all_of) - len(kept)
+    lasts = {record.partition: record for record in all_of}.values()
+    assert kept == [record for record in all_of if not is_own(record) or record in lasts]
 
 
 @given(st.text().filter(lambda text: "\ud800" not in text), st.binary(), st.integers(0, 2), st.booleans())

@@ -27,7 +27,7 @@ Name = "A"
 Store = "KAFKA"
 KafkaTopic = "sensors"
 """
-TOPICS = ["mqtt.dlq", "bus", "retained", "sensors"]
+TOPICS = ["mqtt.messages", "mqtt.dlq", "bus", "retained", "sensors"]
 
 
 @pytest.fixture
@@ -63,8 +63,8 @@ def test_a_plan_shows_what_is_missing_and_changes_nothing(
 ) -> None:
     assert main(["topics", "plan", "--config", config]) == 3
     shown = capsys.readouterr().out
-    assert shown.startswith("Kafka at k:9092, 1 broker\n\n+ mqtt.dlq is missing\n    partitions           3\n")
-    assert shown.endswith("\n4 topics: 4 to create. To do it: mqtt-trio topics apply\n")
+    assert shown.startswith("Kafka at k:9092, 1 broker\n\n+ mqtt.messages is missing\n    partitions           12\n")
+    assert shown.endswith("\n5 topics: 5 to create. To do it: mqtt-trio topics apply\n")
     assert admin.created == []
 
 
@@ -75,7 +75,7 @@ def test_apply_creates_without_asking_and_then_all_is_in_step(
     assert admin.created == TOPICS
     assert "Created topic sensors." in capsys.readouterr().out
     assert main(["topics", "plan", "--config", config]) == 0
-    assert capsys.readouterr().out.endswith("\n4 topics, as planned.\n")
+    assert capsys.readouterr().out.endswith("\n5 topics, as planned.\n")
     assert main(["topics", "apply", "--config", config]) == 0
     assert capsys.readouterr().out == "Nothing to do.\n"
 
@@ -97,6 +97,7 @@ def test_each_difference_is_told_with_what_can_be_done(
     assert main(["topics", "plan", "--config", config]) == 3
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert lines[2:] == [
+        "= mqtt.messages",
         "! mqtt.dlq",
         "partitions 5 -> 3 not by `apply`: Kafka cannot take partitions away; keep them: [Kafka.Topics.Dlq] "
         "Partitions = 5",
@@ -109,7 +110,7 @@ def test_each_difference_is_told_with_what_can_be_done(
         "~ sensors",
         "retention.ms 1000 -> 2592000000 only with --configs: kept for 1 second instead of 30 days",
         "",
-        "4 topics: 1 to grow, 1 with other properties, 2 with differences that `topics apply` leaves alone. To do it: "
+        "5 topics: 1 to grow, 1 with other properties, 2 with differences that `topics apply` leaves alone. To do it: "
         "mqtt-trio topics apply --configs",
     ]
 
@@ -121,6 +122,7 @@ def test_a_plan_for_programs(config: str, admin: FakeAdmin, capsys: pytest.Captu
     assert main(["topics", "plan", "--config", config, "--json"]) == 1
     plans = {plan["topic"]: plan for plan in map(json.loads, capsys.readouterr().out.splitlines())}
     assert {name: plan["action"] for name, plan in plans.items()} == {
+        "mqtt.messages": "none",
         "mqtt.dlq": "unknown",
         "bus": "change",
         "retained": "change",
@@ -192,7 +194,10 @@ def test_what_may_not_be_seen_is_no_success(config: str, admin: FakeAdmin, capsy
 
 def test_wrong_usage(config: str, admin: FakeAdmin, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["topics", "plan", "--config", config, "--topic", "buss"]) == 2
-    assert "--topic buss: not in the plan, which has bus, mqtt.dlq, retained, sensors" in capsys.readouterr().err
+    assert (
+        "--topic buss: not in the plan, which has bus, mqtt.dlq, mqtt.messages, retained, sensors"
+        in capsys.readouterr().err
+    )
     assert main(["topics", "plan"]) == 78
     assert "there is no section [Kafka]" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
@@ -247,7 +252,7 @@ def test_three_brokers_hold_three_replicas(
     three_kafkas: KafkaCluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "config.toml"
-    names = {purpose: unique_name(purpose.lower()) for purpose in ("Bus", "Retained", "Dlq", "Archive")}
+    names = {purpose: unique_name(purpose.lower()) for purpose in ("Bus", "Retained", "Dlq", "Archive", "Messages")}
     sections = "".join(f'[Kafka.Topics.{purpose}]\nName = "{name}"\n' for purpose, name in names.items())
     path.write_text(
         f'[Kafka]\nServers = "{three_kafkas.servers}"\n[Kafka.Bus]\nEnabled = true\n{sections}'
@@ -256,7 +261,7 @@ def test_three_brokers_hold_three_replicas(
     given = ("--config", str(path))
     assert main(["topics", "apply", *given]) == 0
     assert "replication factor   3\n" in (shown := capsys.readouterr().out)
-    assert shown.count("min.insync.replicas  2\n") == 4
+    assert shown.count("min.insync.replicas  2\n") == 5
     assert main(["topics", "plan", *given]) == 0
     fewer = ("--topic", names["Archive"], "--set", "Kafka.Topics.Archive.ReplicationFactor=2")
     assert main(["topics", "plan", *given, *fewer]) == 3

@@ -28,6 +28,8 @@ from gateways.kafka.topic_plan import (
 )
 
 DAY = 24 * 3600 * 1000
+ALWAYS = {"mqtt.dlq", "mqtt.messages"}
+"""What is there wherever Kafka is configured [K11, K12]."""
 PLAN = TopicPlan(name="t", partitions=4, config={"cleanup.policy": "delete", "retention.ms": "5000"}, section="S")
 
 
@@ -61,28 +63,30 @@ def test_the_defaults_are_those_of_the_requirements() -> None:
 @pytest.mark.parametrize(
     "options,archive_topics,expected",
     [
-        (KafkaOptions(), [], {"mqtt.dlq"}),
-        (KafkaOptions(), [None, "mqtt.sensors"], {"mqtt.dlq", "mqtt.archive", "mqtt.sensors"}),
-        (KafkaOptions(bus=BusOptions(enabled=True)), [], {"mqtt.dlq", "monster", "mqtt.retained"}),
-        (KafkaOptions(metrics=MetricsOptions(enabled=True, reporters=["kafka"])), [], {"mqtt.dlq", "mqtt.metrics"}),
-        (KafkaOptions(metrics=MetricsOptions(enabled=True, reporters=["log"])), [], {"mqtt.dlq"}),
-        (KafkaOptions(metrics=MetricsOptions(reporters=["kafka"])), [], {"mqtt.dlq"}),
+        (KafkaOptions(), [], ALWAYS),
+        (KafkaOptions(), [None, "mqtt.sensors"], {*ALWAYS, "mqtt.archive", "mqtt.sensors"}),
+        (KafkaOptions(bus=BusOptions(enabled=True)), [], {*ALWAYS, "monster", "mqtt.retained"}),
+        (KafkaOptions(metrics=MetricsOptions(enabled=True, reporters=["kafka"])), [], {*ALWAYS, "mqtt.metrics"}),
+        (KafkaOptions(metrics=MetricsOptions(enabled=True, reporters=["log"])), [], ALWAYS),
+        (KafkaOptions(metrics=MetricsOptions(reporters=["kafka"])), [], ALWAYS),
         (
             KafkaOptions(
                 metrics=MetricsOptions(enabled=True, reporters=["kafka"]),
                 topics=TopicsOptions(metrics=TopicOptions(enabled=False)),
             ),
             [],
-            {"mqtt.dlq"},
+            ALWAYS,
         ),
-        (KafkaOptions(topics=TopicsOptions(dlq=TopicOptions(enabled=False))), [], set()),
+        (KafkaOptions(topics=TopicsOptions(dlq=TopicOptions(enabled=False))), [], {"mqtt.messages"}),
         (
             KafkaOptions(
                 topics=TopicsOptions(messages=MessagesOptions(enabled=True), archive=TopicOptions(enabled=True))
             ),
             [],
-            {"mqtt.dlq", "mqtt.messages", "mqtt.archive"},
+            {*ALWAYS, "mqtt.archive"},
         ),
+        (KafkaOptions(topics=TopicsOptions(messages=MessagesOptions(enabled=False))), [], {"mqtt.dlq"}),
+        (KafkaOptions(topics=TopicsOptions(messages=MessagesOptions(read=False, filter=[]))), [], {"mqtt.dlq"}),
     ],
 )
 def test_a_topic_is_wanted_when_its_feature_is_on(
@@ -100,13 +104,34 @@ def test_the_plan_follows_the_configuration() -> None:
     )
     options = KafkaOptions(topics=topics, bus=BusOptions(enabled=True, topic="b"))
     plans = {plan.name: plan for plan in plan_topics(options, ["mqtt.sensors", "a", None])}
-    assert plans.keys() == {"a", "errors", "b", "mqtt.retained", "mqtt.sensors"}
+    assert plans.keys() == {"a", "errors", "b", "mqtt.retained", "mqtt.messages", "mqtt.sensors"}
     for name in ("a", "mqtt.sensors"):  # a group's own topic is made like the archive topic
         plan = plans[name]
         assert (plan.partitions, plan.replication_factor, plan.section) == (24, 2, "Kafka.Topics.Archive")
         assert plan.config["retention.ms"] == "1"
         assert plan.config["preallocate"] == "true"
         assert plan.config["compression.type"] == "gzip"
+
+
+@pytest.mark.parametrize(
+    "changes,written,read",
+    [
+        ({}, True, True),
+        ({"write": False}, False, True),
+        ({"filter": []}, False, True),
+        ({"read": False}, True, False),
+        ({"enabled": True, "read": False}, True, False),
+    ],
+)
+def test_the_stream_has_two_ways_that_are_on_and_off_by_themselves(
+    changes: dict[str, Any], written: bool, read: bool
+) -> None:
+    options = KafkaOptions(topics=TopicsOptions(messages=MessagesOptions(**changes)))
+    assert (options.writes_stream, options.reads_stream, options.has_stream) == (written, read, True)
+    (plan,) = [plan for plan in plan_topics(options) if plan.section == "Kafka.Topics.Messages"]
+    assert (plan.written, plan.read) == (written, read)
+    off = attrs.evolve(options.topics.messages, enabled=False)
+    assert not KafkaOptions(topics=TopicsOptions(messages=off)).has_stream
 
 
 @pytest.mark.parametrize("brokers,factor,in_sync", [(0, 1, "1"), (1, 1, "1"), (2, 2, "1"), (3, 3, "2"), (9, 3, "2")])

@@ -197,9 +197,11 @@ async def test_a_topic_that_was_deleted_is_told_of_when_it_is_made_again(caplog:
         ({"bus": BusOptions(enabled=True, topic="mqtt.retained")}, "Topics.Retained and Bus.Topic are the same topic"),
         ({"bus": BusOptions(enabled=True, topic="mqtt.archive")}, "Bus.Topic and Topics.Archive are the same topic"),
         ({"topics": TopicsOptions(dlq=TopicOptions(name="mqtt.archive"))}, "Topics.Dlq and Topics.Archive are"),
+        ({"topics": TopicsOptions(messages=MessagesOptions(name="monster"))}, "Topics.Messages and Bus.Topic are"),
         (
-            {"topics": TopicsOptions(messages=MessagesOptions(enabled=True, name="monster"))},
-            "Topics.Messages and Bus.Topic are",
+            {"topics": TopicsOptions(archive=TopicOptions(name="mqtt.messages"))},
+            r"Topics.Messages and Topics.Archive are the same topic, mqtt.messages; each needs one of its own; "
+            r"without the stream of messages: \[Kafka.Topics.Messages\] Enabled = false",
         ),
         (
             {"topics": TopicsOptions(events=TopicOptions(enabled=True, name="mqtt.dlq"))},
@@ -220,7 +222,17 @@ def test_options_that_contradict_are_refused(changes: dict[str, Any], problem: s
         KafkaOptions(**changes)
 
 
-@pytest.mark.parametrize("topic,key", [("monster", "Bus.Topic"), ("mqtt.dlq", "Topics.Dlq")])
+def test_a_stream_that_is_off_takes_no_topic_from_others() -> None:
+    off = MessagesOptions(enabled=False)
+    archive = TopicOptions(name="mqtt.messages")
+    assert KafkaOptions(topics=TopicsOptions(messages=off, archive=archive)).archive_topic == "mqtt.messages"
+    KafkaGateway(KafkaOptions(topics=TopicsOptions(messages=off))).archive_store("mqtt.messages", "A")
+    KafkaGateway(KafkaOptions()).archive_store("monster", "A")
+
+
+@pytest.mark.parametrize(
+    "topic,key", [("monster", "Bus.Topic"), ("mqtt.dlq", "Topics.Dlq"), ("mqtt.messages", "Topics.Messages")]
+)
 def test_no_archive_group_writes_to_a_topic_of_something_else(topic: str, key: str) -> None:
     gateway = KafkaGateway(KafkaOptions(bus=BusOptions(enabled=True)))
     with pytest.raises(ConfigError, match=f"archive group A: KafkaTopic = {topic} is the topic of Kafka.{key}"):

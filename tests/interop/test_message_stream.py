@@ -18,7 +18,7 @@ from kafka.errors import RetriableError
 from gateways.kafka.schema_files import load_schema
 from mqtt_trio.__main__ import main
 from tests.interop.broker_process import Brokers
-from tests.interop.cluster import Cluster, committed_offsets, read_topic
+from tests.interop.cluster import Cluster, committed_offsets, read_topic, warnings_of
 from tests.interop.paho_support import Heard, PahoClient, retained_at
 from tests.kafka_support import KafkaNode, unique_name
 from tests.lines import wait_until
@@ -50,7 +50,6 @@ class Stream:
         return self.cluster.config(
             f"""
 [Kafka.Topics.Messages]
-Enabled = true
 Name = "{self.messages}"
 Group = "{self.group}"
 Partitions = {PARTITIONS}
@@ -308,6 +307,22 @@ def test_a_killed_node_loses_nothing_for_clients_that_come_back_late(
     for node, name in ((risen, "late-a"), (other, "late-b")):
         with PahoClient(node, client_id=name, clean=False, session_expiry_interval=600) as client:
             wait_until(lambda: {message.payload for message in client.heard_so_far()} == wanted, f"all for {name}", 30)
+
+
+def test_automatic_commits_store_what_was_read(stream: Stream, brokers: Brokers, topic: str) -> None:
+    """[K16]: what old set-ups could not choose, said again in their words."""
+    table = "[Kafka.Consumer]\nauto.offset.reset = 'earliest'\nauto.commit.interval.ms = 300\n"
+    config = stream.config().replace("[Kafka]\n", '[Kafka]\nProfile = "compat"\n') + table
+    node = brokers.start(config)
+    with PahoClient(node) as client:
+        client.subscribe(f"{topic}/+", qos=1)
+        stream.put(*numbered(topic, 40))
+        got = client.received(40)
+        assert {message.payload for message in got} == {b"%d" % n for n in range(40)}
+        wait_until(lambda: stream.is_done(40), "all offsets in the group", JOIN_LIMIT)
+    assert warnings_of(node) == []
+    node.stop()
+    assert "kafka.stream_consumer_rebuilds" not in node.counters(), "kafka-python took the words"
 
 
 def test_while_kafka_is_away_clients_do_not_wait_for_the_stream(
