@@ -119,7 +119,8 @@ def test_what_could_not_be_chosen_there() -> None:
     effective = options.effective()
     assert effective["Producer.acks"] == (1, 'Profile = "compat"')
     assert effective["Producer.acks, of the bus"][0] == "all"
-    assert effective["Consumer.auto_offset_reset"] == ("earliest", "[Kafka.Consumer]")
+    assert effective["Consumer.auto_offset_reset, of mqtt.messages"] == ("earliest", "[Kafka.Consumer]")
+    assert effective["Consumer.enable_auto_commit, of mqtt.messages"] == (True, 'Profile = "compat"')
     assert options.messages_group == "Monster"
 
 

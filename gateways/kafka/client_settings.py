@@ -19,7 +19,9 @@ BUS: Final = "bus"
 """The producer that `Profile` leaves alone: nodes rely on it."""
 AUTO_COMMIT: Final = "enable_auto_commit"
 AUTO_COMMIT_INTERVAL: Final = "auto_commit_interval_ms"
-"""What says when offsets of mqtt.messages are stored; all other readers have reasons of their own."""
+BEGIN: Final = "auto_offset_reset"
+"""What says when offsets of mqtt.messages are stored, and where its group begins that has none; all other readers have
+reasons of their own."""
 
 COMMON: Final[Mapping[str, object]] = {
     "bootstrap_timeout_ms": 3000,
@@ -39,7 +41,7 @@ CONSUMER: Final[Mapping[str, object]] = {
     "max_partition_fetch_bytes": 4 * 1024 * 1024,
     "max_poll_records": 1000,
     AUTO_COMMIT: False,
-    "auto_offset_reset": "earliest",
+    BEGIN: "earliest",
 }
 COMPAT_PRODUCER: Final[Mapping[str, object]] = {"acks": 1, "enable_idempotence": False}
 """What `Profile = "compat"` changes: the leader alone has a record when it is confirmed."""
@@ -53,6 +55,7 @@ ALL: Final = ("all", -1)
 CHOICES: Final[Mapping[str, tuple[object, ...]]] = {
     "acks": ("all", -1, 0, 1),
     "compression_type": ("gzip", "lz4", "snappy", "zstd"),
+    BEGIN: ("earliest", "latest"),
     "isolation_level": ("read_uncommitted", "read_committed"),
     "client_dns_lookup": ("use_all_dns_ips", "resolve_canonical_bootstrap_servers_only"),
 }
@@ -87,16 +90,16 @@ def producer_settings(options: KafkaOptions, name: str) -> Settings:
 
 
 def consumer_settings(options: KafkaOptions) -> Settings:
-    """Return the settings of consumers; when offsets are stored is the reader's own affair, see `stream_settings`."""
-    given = normal_keys(options.consumer)
-    given.pop(AUTO_COMMIT, None)
+    """Return the settings of consumers; when offsets are stored and where a reader begins is its own affair, see
+    `stream_settings`."""
+    given = {name: value for name, value in normal_keys(options.consumer).items() if name not in (AUTO_COMMIT, BEGIN)}
     return common_settings() | _from(CONSUMER, OURS) | _from(given, "[Kafka.Consumer]")
 
 
 def stream_settings(options: KafkaOptions) -> Settings:
-    """Return when offsets of mqtt.messages are stored [K11, K16]: with automatic commits every so many milliseconds for
-    what was read, else for what was delivered or is durably queued."""
-    settings = _from({AUTO_COMMIT: False, AUTO_COMMIT_INTERVAL: INTERVAL_MS}, OURS)
+    """Return when offsets of mqtt.messages are stored [K11, K16], with automatic commits every so many milliseconds for
+    what was read, else for what was delivered or is durably queued; and where its group begins that has none."""
+    settings = _from({AUTO_COMMIT: False, AUTO_COMMIT_INTERVAL: INTERVAL_MS, BEGIN: "earliest"}, OURS)
     if options.profile == "compat":
         settings |= _from(COMPAT_STREAM, OF_PROFILE)
     given = normal_keys(options.consumer)
@@ -144,6 +147,11 @@ def _problems_of_idempotence(options: KafkaOptions) -> list[str]:
     if given.get("max_in_flight_requests_per_connection", 1) > MOST_IN_FLIGHT:
         problems.append(f"Kafka.Producer.max_in_flight_requests_per_connection: more than {MOST_IN_FLIGHT}; {mend}")
     return problems
+
+
+def begins_at_end(options: KafkaOptions) -> bool:
+    """Tell whether a group without offsets of mqtt.messages begins with what is new."""
+    return bool(values(stream_settings(options))[BEGIN] == "latest")
 
 
 def effective(options: KafkaOptions) -> Iterator[tuple[str, tuple[object, str]]]:

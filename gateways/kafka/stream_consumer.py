@@ -14,6 +14,7 @@ from typing import Final
 from kafka import TopicPartition
 from kafka.errors import GroupAuthorizationFailedError, TopicAuthorizationFailedError
 
+from gateways.kafka.client_settings import begins_at_end
 from gateways.kafka.lag import Partition
 from gateways.kafka.member_consumer import GroupListener, MemberConsumer, pairs, stored
 from gateways.kafka.options import WITHOUT_READING, KafkaOptions
@@ -24,7 +25,9 @@ NotStored = Callable[[Mapping[Partition, int], Exception], None]
 
 
 class StreamConsumer(MemberConsumer):
-    """A member of a group of one topic. Where the group has no offset yet, reading begins with the oldest record."""
+    """A member of a group of one topic. Where the group has no offset yet, reading begins with the oldest record, or,
+    with `auto_offset_reset = "latest"`, with what is new [K16]; where Kafka deleted what an offset points at, with the
+    oldest that is left."""
 
     def __init__(self, options: KafkaOptions, name: str, group: str, topic: str, listener: GroupListener) -> None:
         """Connect. Blocks for three seconds at most.
@@ -33,6 +36,13 @@ class StreamConsumer(MemberConsumer):
           kafka.errors.KafkaError: no broker answers, or does not let us in.
         """
         super().__init__(options, name, group, [topic], listener)
+        self._begins_at_end = begins_at_end(options)
+
+    def join(self) -> None:
+        """Become a member; partitions come with later calls of `poll`. Blocks, where the group may have no offsets."""
+        if self._begins_at_end:
+            self.begin_at_end()
+        super().join()
 
     def partitions(self, topic: str) -> list[int]:
         """Return the partitions of `topic` as the client knows them; none when there is no such topic."""

@@ -25,7 +25,7 @@ from kafka.structs import OffsetAndMetadata
 from gateways.kafka import batches
 from gateways.kafka.batches import Unreadable
 from gateways.kafka.client_metrics import ClientFigures, ClientMetrics, FetchWatch
-from gateways.kafka.client_settings import CONSUMER, common_settings, consumer_settings, producer_settings, values
+from gateways.kafka.client_settings import common_settings, consumer_settings, producer_settings, values
 from gateways.kafka.client_settings import normal_keys as normal_keys
 from gateways.kafka.client_settings import problems_of as problems_of_settings
 from gateways.kafka.options import KafkaOptions
@@ -59,14 +59,13 @@ RETRIABLE: Final = (kafka_errors.RetriableError, kafka_errors.KafkaTimeoutError)
 OWNED: Final = frozenset(
     {
         "bootstrap_servers", "kafka_client", "key_serializer", "value_serializer", "key_deserializer",
-        "value_deserializer", "transactional_id", "partitioner", "group_id", "auto_offset_reset",
+        "value_deserializer", "transactional_id", "partitioner", "group_id",
         "allow_auto_create_topics", "selector", "partition_assignment_strategy", "default_offset_commit_callback",
         "consumer_timeout_ms", "metric_reporters", "metric_group_prefix", "socket_options", "client_id",
     }
 )  # fmt: skip
-"""Client options that the gateway sets, or that would break what it promises; its own values may be said again."""
+"""Client options that the gateway sets, or that would break what it promises."""
 INSTEAD: Final[Mapping[str, str]] = {
-    "auto_offset_reset": ', "earliest"; `mqtt-trio offsets reset` moves a group elsewhere before its first start',
     "bootstrap_servers": "; the key is Kafka.Servers",
     "group_id": "; Kafka.Topics.Messages.Group names the group of the stream",
 }
@@ -135,8 +134,7 @@ def check_client_options(options: KafkaOptions) -> None:
             if name.startswith(SECURITY_OPTIONS):
                 problems.append(f"Kafka.{section}.{name}: belongs to [Kafka.Security] and [Kafka.SSL], for all clients")
             elif name in OWNED:
-                if section != "Consumer" or name not in CONSUMER or CONSUMER[name] != value:
-                    problems.append(f"Kafka.{section}.{name}: set by the gateway itself{INSTEAD.get(name, '')}")
+                problems.append(f"Kafka.{section}.{name}: set by the gateway itself{INSTEAD.get(name, '')}")
             elif name not in known:
                 problems.append(f"Kafka.{section}.{name}: kafka-python has no such option")
             elif (expected := unlike(value, known[name])) is not None:

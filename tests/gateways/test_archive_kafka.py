@@ -351,10 +351,10 @@ async def test_a_kafka_that_is_not_there_is_told_once(
         ({"producer": {"linger.msec": 5}}, "Kafka.Producer.linger_msec: kafka-python has no such option"),
         ({"consumer": {"group_id": "x"}}, "Kafka.Consumer.group_id: set by the gateway itself; Kafka.Topics.Messages"),
         (
-            {"consumer": {"auto.offset.reset": "latest"}},
-            "Kafka.Consumer.auto_offset_reset: set by the gateway itself, ",
+            {"consumer": {"auto.offset.reset": "none"}},
+            "Kafka.Consumer.auto_offset_reset: expected one of earliest, latest, got 'none'",
         ),
-        ({"producer": {"auto_offset_reset": "earliest"}}, "Kafka.Producer.auto_offset_reset: set by the gateway"),
+        ({"producer": {"auto_offset_reset": "earliest"}}, "Kafka.Producer.auto_offset_reset: kafka-python has no such"),
         ({"consumer": {"enable.auto.commit": 1}}, "Kafka.Consumer.enable_auto_commit: expected true or false, got 1"),
         ({"producer": {"enable.auto.commit": True}}, "Kafka.Producer.enable_auto_commit: kafka-python has no such opt"),
         ({"producer": {"linger_ms": "abc"}}, "Kafka.Producer.linger_ms: expected a number, got 'abc'"),

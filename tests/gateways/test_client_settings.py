@@ -17,6 +17,7 @@ from gateways.kafka.client_settings import (
     OURS,
     PRODUCER,
     auto_commit_interval,
+    begins_at_end,
     consumer_settings,
     problems_of,
     producer_settings,
@@ -63,6 +64,9 @@ def test_when_offsets_of_the_stream_are_stored() -> None:
     given = {"enable.auto.commit": True, "auto.commit.interval.ms": 200}
     assert auto_commit_interval(KafkaOptions(consumer=given)) == 0.2
     assert consumer_settings(KafkaOptions(consumer=given))["enable_auto_commit"] == (False, OURS)
+    latest = KafkaOptions(consumer={"auto.offset.reset": "latest"})
+    assert (begins_at_end(KafkaOptions()), begins_at_end(latest)) == (False, True)
+    assert consumer_settings(latest)["auto_offset_reset"] == ("earliest", OURS)
 
 
 def test_what_is_given_wins() -> None:

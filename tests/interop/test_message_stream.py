@@ -310,7 +310,7 @@ def test_a_killed_node_loses_nothing_for_clients_that_come_back_late(
 
 
 def test_automatic_commits_store_what_was_read(stream: Stream, brokers: Brokers, topic: str) -> None:
-    """[K16]: what old set-ups could not choose, said again in their words."""
+    """[K16]: what old set-ups could not choose, said again in their words; and another place to begin at."""
     table = "[Kafka.Consumer]\nauto.offset.reset = 'earliest'\nauto.commit.interval.ms = 300\n"
     config = stream.config().replace("[Kafka]\n", '[Kafka]\nProfile = "compat"\n') + table
     node = brokers.start(config)
@@ -322,6 +322,15 @@ def test_automatic_commits_store_what_was_read(stream: Stream, brokers: Brokers,
         wait_until(lambda: stream.is_done(40), "all offsets in the group", JOIN_LIMIT)
     assert warnings_of(node) == []
     node.stop()
+    new = unique_name("group")
+    late = brokers.start(config.replace("'earliest'", "'latest'").replace(stream.group, new), name="late")
+    begun = attrs.evolve(stream, group=new)
+    wait_until(lambda: begun.is_done(40), "it begins at the end", JOIN_LIMIT)
+    with PahoClient(late) as client:
+        client.subscribe(f"{topic}/+", qos=1)
+        stream.put({"topic": f"{topic}/new", "payload": "new"})
+        assert [message.payload for message in client.received(1)] == [b"new"]
+    late.stop()
     assert "kafka.stream_consumer_rebuilds" not in node.counters(), "kafka-python took the words"
 
 
