@@ -130,21 +130,11 @@ def connect(path: Path, *, synchronous: str) -> sqlite3.Connection:
     # check_same_thread: the thread that loads need not be the one that commits; there is one at a time.
     db = sqlite3.connect(path, timeout=1.0, isolation_level=None, check_same_thread=False, cached_statements=256)
     try:
-        run = db.execute
-        run("PRAGMA locking_mode = EXCLUSIVE").fetchall()  # no -shm file, no locks to take and leave for each commit
+        db.execute("PRAGMA locking_mode = EXCLUSIVE").fetchall()  # no -shm file, no locks to take for each commit
         db.text_factory = decode_text
         new = _check_header(path, db)
         _check_log(db, frames)
-        if new:  # until here nothing was written
-            run(f"PRAGMA page_size = {PAGE}")
-            run("PRAGMA auto_vacuum = INCREMENTAL")  # before the first table, or never
-        run(f"PRAGMA cache_size = {-CACHE // 1024}")
-        run("PRAGMA secure_delete = OFF")
-        run("PRAGMA recursive_triggers = OFF")  # on, REPLACE looks for triggers
-        run(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
-        run(f"PRAGMA journal_size_limit = {LOG_LIMIT}").fetchall()
-        run("PRAGMA journal_mode = WAL").fetchall()
-        run(f"PRAGMA synchronous = {synchronous}")
+        _set_up(db, new=new, synchronous=synchronous)  # until here nothing was written
         _upgrade(db)
     except BaseException as exc:
         damaged = isinstance(exc, sqlite3.Error) and code_of(exc) in CORRUPT
@@ -156,6 +146,21 @@ def connect(path: Path, *, synchronous: str) -> sqlite3.Connection:
             raise UnusableFileError(str(exc), ours=True) from exc
         raise
     return db
+
+
+def _set_up(db: sqlite3.Connection, *, new: bool, synchronous: str) -> None:
+    """Have SQLite work as a store with one writer and many small commits needs it."""
+    run = db.execute
+    if new:
+        run(f"PRAGMA page_size = {PAGE}")
+        run("PRAGMA auto_vacuum = INCREMENTAL")  # before the first table, or never
+    run(f"PRAGMA cache_size = {-CACHE // 1024}")
+    run("PRAGMA secure_delete = OFF")
+    run("PRAGMA recursive_triggers = OFF")  # on, REPLACE looks for triggers
+    run(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
+    run(f"PRAGMA journal_size_limit = {LOG_LIMIT}").fetchall()
+    run("PRAGMA journal_mode = WAL").fetchall()
+    run(f"PRAGMA synchronous = {synchronous}")
 
 
 def log_aside(path: Path) -> Path:
