@@ -18,7 +18,8 @@ from gateways.kafka.archived import FORMATS, ArchivedMessage, archived_message
 from gateways.kafka.cluster import Cluster
 from gateways.kafka.handover import TrioThread
 from gateways.kafka.lag import Behind
-from gateways.kafka.member import Member, MemberConsumerLike, Refusals, Taken
+from gateways.kafka.member import Member, MemberConsumerLike, Refusals
+from gateways.kafka.member_progress import Taken
 from gateways.kafka.options import TOPIC_NAME, KafkaOptions
 from gateways.kafka.reading import Find, reader_of
 from gateways.kafka.records import ConsumedRecord

@@ -8,16 +8,14 @@ this thread between two polls, and by kafka-python's own right before a partitio
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final, Protocol
 
-import attrs
-
 from gateways.kafka.client_metrics import ClientFigures
 from gateways.kafka.cluster import Cluster, one_line
 from gateways.kafka.lag import Behind, Partition
+from gateways.kafka.member_progress import Progress, Taken
 from gateways.kafka.reader_figures import ReaderFigures
 from gateways.kafka.reader_thread import FIRST_BACKOFF, LONGEST_BACKOFF, POLL_TIMEOUT
 from gateways.kafka.reading import Archived, JsonReader, UnreadableError
@@ -56,17 +54,6 @@ class Refusals(Protocol):
 
     def is_denial(self, error: BaseException) -> bool: ...
     def is_rejoin(self, error: BaseException) -> bool: ...
-
-
-@attrs.frozen(eq=False)
-class Taken:
-    """A record that was read."""
-
-    record: ConsumedRecord
-    epoch: int
-    """For which assignment of its partition."""
-    archived: Archived | GatewayError
-    """What it says, or why that is nothing."""
 
 
 class Member:
@@ -108,18 +95,8 @@ class Member:
         self._from_end = from_end
         self._commit_interval = commit_interval
         self._commit_at = 0.0
-        self._lock = threading.Condition()
-        self._epochs: dict[Partition, int] = {}
-        self._last_epoch = 0
-        self._processed: dict[Partition, tuple[int, int]] = {}
-        """Partition -> epoch and offset to store."""
-        self._reports = 0
-        self._outstanding = 0
-        """Records that were handed over and neither processed nor given up."""
-        self._handed: list[Taken] = []
-        """What was handed over since nothing was outstanding; replaced, never changed."""
-        self._done: dict[Partition, int] = {}
-        """Behind the last record that was processed."""
+        self._progress = Progress()
+        self._lock = self._progress.lock
         self._halt = False
         self._halt_by = 0.0
         self._attend_at = self._look_at = 0.0
@@ -130,37 +107,19 @@ class Member:
 
     def owns(self, taken: Taken) -> bool:
         """Tell whether the partition of a record has been this member's ever since the record was read."""
-        record = taken.record
-        return self._epochs.get((record.topic, record.partition)) == taken.epoch
+        return self._progress.epoch(taken.record) == taken.epoch
 
     def report(self, records: Iterable[Taken]) -> int:
         """These were processed, in their order; return the number that `stored_up_to` reaches once that is stored."""
-        with self._lock:
-            for taken in records:
-                record = taken.record
-                partition = record.topic, record.partition
-                self._processed[partition] = (taken.epoch, record.offset + 1)
-                self._done[partition] = record.offset + 1
-                self._outstanding -= 1
-            if not self._outstanding:
-                self._handed = []
-            self._reports += 1
-            self._lock.notify_all()
-            return self._reports
+        return self._progress.report(records)
 
     def give_up(self, count: int) -> None:
         """So many records will not be processed here: their partitions went away."""
-        with self._lock:
-            self._outstanding -= count
-            self._lock.notify_all()
+        self._progress.give_up(count)
 
     def lag(self) -> dict[Partition, Behind]:
         """Return how far this member is behind in each of its partitions, as of the last second."""
-        with self._lock:
-            handed = self._handed if self._outstanding else []
-            done = dict(self._done)
-        waiting = (t.record for t in handed if t.record.offset >= done.get((t.record.topic, t.record.partition), 0))
-        return self.figures.lag.behind(waiting)
+        return self.figures.lag.behind(self._progress.waiting())
 
     def finish(self, limit: float) -> None:
         """Store what was reported within `limit` seconds, leave the group, end."""
@@ -173,39 +132,19 @@ class Member:
 
     def assigned(self, partitions: Sequence[Partition]) -> None:
         """These are this member's now."""
-        with self._lock:
-            for partition in partitions:
-                self._last_epoch += 1
-                self._epochs[partition] = self._last_epoch
+        self._progress.assigned(partitions)
         log.debug("Kafka consumer %s: it has %s now", self.name, sorted(partitions))
 
     def revoked(self, partitions: Sequence[Partition]) -> Mapping[Partition, int]:
         """These go to other members; return the offsets to store of them first."""
-        offsets, _ = self._take(set(partitions))
+        offsets, _ = self._progress.take(partitions)
         self.lost(partitions)
         return offsets
 
     def lost(self, partitions: Sequence[Partition]) -> None:
         """Other members may have these already."""
-        with self._lock:
-            for partition in partitions:
-                self._epochs.pop(partition, None)
-                self._processed.pop(partition, None)
-                self._done.pop(partition, None)
+        self._progress.lost(partitions)
         log.debug("Kafka consumer %s: %s went to other members", self.name, sorted(partitions))
-
-    def _take(self, partitions: set[Partition] | None = None) -> tuple[dict[Partition, int], int]:
-        """Return the offsets to store, of some partitions or all, and up to which report they go."""
-        with self._lock:
-            wanted = [p for p in self._processed if partitions is None or p in partitions]
-            found = {p: self._processed.pop(p) for p in wanted}
-            return {p: at for p, (epoch, at) in found.items() if self._epochs.get(p) == epoch}, self._reports
-
-    def _put_back(self, offsets: Mapping[Partition, int]) -> None:
-        with self._lock:
-            for partition, at in offsets.items():
-                if partition in self._epochs:
-                    self._processed.setdefault(partition, (self._epochs[partition], at))
 
     # --- the thread
 
@@ -231,7 +170,7 @@ class Member:
                 if consumer is not None:
                     self._store_last(consumer)
                     consumer.close()
-                    self.lost(list(self._epochs))
+                    self.lost(self._progress.partitions)
             with self._lock:
                 self._lock.wait_for(lambda: self._halt, self._backoff)
             self._backoff = min(self._backoff * 2, LONGEST_BACKOFF)
@@ -261,7 +200,7 @@ class Member:
     def _serve(self, consumer: MemberConsumerLike) -> None:
         while not self._halt:
             self._store(consumer)
-            if self._outstanding:
+            if self._progress.outstanding:
                 self._attend(consumer)
             elif records := consumer.poll(POLL_TIMEOUT, paused=False):
                 self._backoff = FIRST_BACKOFF
@@ -273,8 +212,8 @@ class Member:
         """Wait for reports while records are being processed, and remain a member."""
         with self._lock:
             wait = max(0.0, self._attend_at - time.monotonic())
-            self._lock.wait_for(lambda: self._halt or self._is_due() or not self._outstanding, wait)
-            if self._halt or self._is_due() or not self._outstanding:
+            self._lock.wait_for(lambda: self._halt or self._is_due() or not self._progress.outstanding, wait)
+            if self._halt or self._is_due() or not self._progress.outstanding:
                 return
         self._attend_at = time.monotonic() + ATTEND_INTERVAL
         self._hand_over(consumer.poll(ATTEND_TIMEOUT, paused=True))  # of partitions that it has just been given
@@ -282,13 +221,11 @@ class Member:
     def _hand_over(self, records: Sequence[ConsumedRecord]) -> None:
         taken = []
         for record in records:
-            if (epoch := self._epochs.get((record.topic, record.partition))) is not None:
+            if (epoch := self._progress.epoch(record)) is not None:
                 taken.append(Taken(record, epoch, self._read(record)))  # noqa: PERF401  too long for one line
-        with self._lock:
-            self._handed = [*self._handed, *taken] if self._outstanding else taken
-            self._outstanding += len(taken)
+        self._progress.hand_over(taken)
         if taken:
-            for partition, last in {(t.record.topic, t.record.partition): t.record for t in taken}.items():
+            for partition, last in {one.partition: one.record for one in taken}.items():
                 self.figures.lag.handed(partition, last.timestamp_ms)
             self.on_records(taken)
 
@@ -301,24 +238,24 @@ class Member:
             return exc
 
     def _is_due(self) -> bool:
-        return self.stored_up_to < self._reports and time.monotonic() >= self._commit_at
+        return self.stored_up_to < self._progress.reports and time.monotonic() >= self._commit_at
 
     def _store(self, consumer: MemberConsumerLike) -> None:
         """Store what was processed, when it is time."""
         if not self._is_due():
             return
-        offsets, reports = self._take()
+        offsets, reports = self._progress.take()
         if offsets:
             try:
                 consumer.commit(offsets, COMMIT_TIMEOUT)
             except Exception as exc:
                 if self._refusals.is_denial(exc):
                     raise
-                self._put_back(offsets)
+                self._progress.put_back(offsets)
                 if not self._refusals.is_rejoin(exc):
                     self._look_for_kafka(consumer, exc)
                 # What the group decides meanwhile says whether it is still this member's to store.
-                self._hand_over(consumer.poll(ATTEND_TIMEOUT, paused=self._outstanding > 0))
+                self._hand_over(consumer.poll(ATTEND_TIMEOUT, paused=self._progress.outstanding > 0))
                 return
             self.commits += 1
             self._cluster.back(self.name)
@@ -328,7 +265,7 @@ class Member:
 
     def _store_last(self, consumer: MemberConsumerLike) -> None:
         """Store what was processed before the group is left."""
-        offsets, reports = self._take()
+        offsets, reports = self._progress.take()
         limit = min(COMMIT_TIMEOUT, self._halt_by - time.monotonic()) if self._halt else COMMIT_TIMEOUT
         if offsets and limit > 0 and consumer.connected:
             try:
@@ -344,7 +281,7 @@ class Member:
         if time.monotonic() < self._look_at:
             return
         pause, (positions, ends) = LOOK_INTERVAL, consumer.standing()
-        if self._outstanding:  # partitions are paused: no fetch tells how much comes meanwhile
+        if self._progress.outstanding:  # partitions are paused: no fetch tells how much comes meanwhile
             pause = self.figures.look_ahead(consumer, positions)
         else:
             self.figures.look(consumer, positions, ends)
