@@ -125,24 +125,29 @@ async def test_two_members_share_and_hand_over(setting: Setting) -> None:
     setting.write(numbered(range(200)))
     found: dict[str, list[ArchivedMessage]] = {"one": [], "two": []}
     left: dict[str, trio.CancelScope] = {}
+    shared = trio.Event()
 
-    async def read(name: str, pause: float) -> None:
+    async def read(name: str) -> None:
         with trio.CancelScope() as scope:
             left[name] = scope
             async with setting.consumer() as consumer:
                 async for message in consumer:
                     found[name].append(message)
-                    await trio.sleep(pause)
+                    await trio.sleep(0.01)
+                    if name == "one" and len(found["one"]) >= 20:  # what is left is to last until there are two of them
+                        with trio.move_on_after(0.5):
+                            await shared.wait()
 
     def seen() -> set[int]:
         return {int(m.payload) for messages in found.values() for m in messages}
 
     with trio.fail_after(LIMIT):
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(read, "one", 0.01)
+            nursery.start_soon(read, "one")
             await until(lambda: len(found["one"]) >= 20)
-            nursery.start_soon(read, "two", 0.01)
+            nursery.start_soon(read, "two")
             await until(lambda: len(found["two"]) >= 10)
+            shared.set()
             await trio.to_thread.run_sync(setting.write, numbered(range(200, 300)))
             await until(lambda: seen() == set(range(300)))
             shares = [{m.kafka.partition for m in messages[-5:]} for messages in found.values()]
