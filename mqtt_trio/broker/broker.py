@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Final
+from typing import Final, TypeAlias
 
 from mqtt_trio.broker.access import (
     AllowAnyone,
@@ -54,6 +54,8 @@ from mqtt_trio.protocol.packets import (
 from mqtt_trio.protocol.topics import is_system_topic
 from mqtt_trio.protocol.wire import MAXIMUM_POSSIBLE_PACKET_SIZE
 
+PacketHandler: TypeAlias = Callable[[ClientLink, Session, Packet, float], bool]
+"""Handles one packet of a connected client at `now`; False: it was left alone, and the link is paused."""
 AUDIENCES: Final = 100_000
 """Distinct audiences that are remembered, so that topics which reach the same clients share one."""
 
@@ -123,18 +125,7 @@ class Broker:
         self.subscriptions = Subscriptions(self)
         self.connections = Connections(self)
         self.handshakes = Handshakes(self, authentication_methods)
-        self._handlers: dict[type[Packet], Callable[[ClientLink, Session, Packet, float], bool]] = {
-            Publish: self.inbound.publish,
-            PubAck: self._puback,
-            PubRec: self._pubrec,
-            PubRel: self.inbound.pubrel,
-            PubComp: self._pubcomp,
-            Subscribe: self.subscriptions.subscribe,
-            Unsubscribe: self.subscriptions.unsubscribe,
-            PingReq: self._pingreq,
-            Disconnect: self.connections.disconnect,
-            Auth: self.handshakes.auth,
-        }
+        self._handlers = self._packet_handlers()
 
     # What drivers call
 
@@ -340,6 +331,22 @@ class Broker:
         self.inbound.acknowledge(session, qos, packet_id, answers, kept)
 
     # Packets of a connected client
+
+    def _packet_handlers(self) -> dict[type[Packet], PacketHandler]:
+        """Return who handles which packet. A second CONNECT does not get here, nor what only servers send: the
+        client's `connection` calls them errors."""
+        return {
+            Publish: self.inbound.publish,
+            PubAck: self._puback,
+            PubRec: self._pubrec,
+            PubRel: self.inbound.pubrel,
+            PubComp: self._pubcomp,
+            Subscribe: self.subscriptions.subscribe,
+            Unsubscribe: self.subscriptions.unsubscribe,
+            PingReq: self._pingreq,
+            Disconnect: self.connections.disconnect,
+            Auth: self.handshakes.auth,
+        }
 
     def reply(self, link: ClientLink, packet: Packet) -> None:
         """Put a control packet into the client's outbox; one that the client does not take ends it."""
