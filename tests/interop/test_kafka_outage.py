@@ -204,6 +204,7 @@ def test_kafka_killed_under_load(
     for publisher in scene.publishers:
         publisher.close()
     for node in (scene.a, scene.b):
+        node.output.wait_for(r"Kafka at \S+ is back$", limit=RECOVERY_LIMIT)  # the stream's reader may be last
         node.stop()
         assert_told_once(node)
     counters, others = scene.a.counters(), scene.b.counters()
