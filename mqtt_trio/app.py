@@ -86,7 +86,7 @@ class Node:
             data=persistence.path,
             synchronous=persistence.synchronous,
         )
-        self.clients = Clients(self.broker, _make_poller(self.broker))
+        self.clients = Clients(self.broker, _make_poller(self.broker, beside_threads=bool(loaded.gateways)))
         self.gateways: dict[str, Gateway] = {}
         self.groups: list[ArchiveGroup] = []
         view = Monitor(self)
@@ -244,13 +244,13 @@ async def _run_gateway(gateway: Gateway, host: Host, *, task_status: trio.TaskSt
     await gateway.run(host, task_status=task_status)
 
 
-def _make_poller(broker: Broker) -> Poller | None:
+def _make_poller(broker: Broker, *, beside_threads: bool) -> Poller | None:
     """The epoll Poller, where there is epoll; elsewhere every client is driven by tasks."""
     if not sys.platform.startswith("linux"):
         return None
     from mqtt_trio.server.poller import Poller
 
-    return Poller(broker)
+    return Poller(broker, beside_threads=beside_threads)
 
 
 def serve(loaded: LoadedConfig) -> int:

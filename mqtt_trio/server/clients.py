@@ -122,11 +122,11 @@ class Clients:
         peer, listener, codec = arrival.peer, arrival.listener, arrival.codec
         timeout = arrival.options.connect_timeout
         if self.poller is not None and isinstance(stream, trio.SocketStream):
-            from mqtt_trio.server.poller import SocketLink, take_socket
+            from mqtt_trio.server.poller import SocketLink
 
             return SocketLink(
                 self.broker,
-                take_socket(stream),
+                self.poller.take_socket(stream),
                 self.poller,
                 peer=peer,
                 listener=listener,

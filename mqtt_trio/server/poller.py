@@ -17,6 +17,7 @@ from trio.lowlevel import wait_readable
 from mqtt_trio.broker.broker import Broker
 from mqtt_trio.protocol.frames import FrameDecoder, frame
 from mqtt_trio.server.link import Link
+from mqtt_trio.server.sockets import HoldingSocket, ReceiveBuffer
 
 EPOLLIN: Final = select.EPOLLIN
 RECEIVE_SIZE: Final = 262_144
@@ -39,7 +40,7 @@ class SocketLink(Link):
     def __init__(
         self,
         broker: Broker,
-        sock: socket.socket,
+        sock: socket.socket | HoldingSocket,
         poller: Poller,
         *,
         peer: str,
@@ -235,15 +236,24 @@ class _Alarm:
 class Poller:
     """The one task that reads from and writes to plain sockets."""
 
-    def __init__(self, broker: Broker) -> None:
+    def __init__(self, broker: Broker, *, beside_threads: bool = False) -> None:
+        """`beside_threads`: threads of the same process compute while clients are served."""
         self.broker = broker
         self.epoll = select.epoll()
+        self._buffer = ReceiveBuffer() if beside_threads else None
         self.links: dict[int, SocketLink | _Alarm] = {}
         """By file descriptor, also what wakes the task."""
         self._alarm: _Alarm | None = None
         """While the task runs."""
         self.again: list[SocketLink] = []
         """Links that have read more than they could handle in one wake."""
+
+    def take_socket(self, stream: trio.SocketStream) -> socket.socket | HoldingSocket:
+        """Take the socket out of a trio stream, which is closed; the connection stays open."""
+        sock = socket.socket(fileno=os.dup(stream.socket.fileno()))
+        stream.socket.close()
+        sock.setblocking(False)
+        return sock if self._buffer is None else HoldingSocket(sock, self._buffer)
 
     def add(self, link: SocketLink) -> None:
         """Watch a link from now on."""
@@ -301,11 +311,3 @@ class Poller:
             epoll.close()
             self._alarm = None
             os.close(alarm.fd)
-
-
-def take_socket(stream: trio.SocketStream) -> socket.socket:
-    """Take the socket out of a trio stream, which is closed; the connection stays open."""
-    sock = socket.socket(fileno=os.dup(stream.socket.fileno()))
-    stream.socket.close()
-    sock.setblocking(False)
-    return sock

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import socket
+from functools import partial
 
 import pytest
 import trio
@@ -23,9 +24,16 @@ from mqtt_trio.protocol.packets import (
     PubAck,
     Publish,
 )
+from mqtt_trio.server.poller import Poller
+from tests.server import socket_support
 from tests.server.socket_support import serve
 
 V311, V5 = ProtocolVersion.MQTT_3_1_1, ProtocolVersion.MQTT_5_0
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["alone", "beside threads"])
+def either_socket(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket_support, "Poller", partial(Poller, beside_threads=request.param))
 
 
 class HoldingTap:
