@@ -264,18 +264,34 @@ class Member:
         self.on_stored()
 
     def _store_last(self, consumer: MemberConsumerLike) -> None:
-        """Store what was processed before the group is left."""
+        """Store what was processed before the group is left. Where the group deals out its partitions anew just then,
+        that is waited for: what this member keeps of them is still its to store."""
+        until = time.monotonic() + COMMIT_TIMEOUT
+        until = min(until, self._halt_by) if self._halt else until
         offsets, reports = self._progress.take()
-        limit = min(COMMIT_TIMEOUT, self._halt_by - time.monotonic()) if self._halt else COMMIT_TIMEOUT
-        if offsets and limit > 0 and consumer.connected:
+        while offsets and (limit := until - time.monotonic()) > 0 and consumer.connected:
             try:
                 consumer.commit(offsets, limit)
-                self.commits += 1
             except Exception as exc:
-                log.debug("Kafka consumer %s: offsets are not stored at the end: %s", self.name, exc)
-                return
+                self._progress.put_back(offsets)
+                if not self._refusals.is_rejoin(exc) or not self._goes_on(consumer):
+                    log.debug("Kafka consumer %s: offsets are not stored at the end: %s", self.name, exc)
+                    return
+                offsets, reports = self._progress.take()
+            else:
+                self.commits += 1
+                break
         self.stored_up_to = reports
         self.on_stored()
+
+    def _goes_on(self, consumer: MemberConsumerLike) -> bool:
+        """Go on with a join; False: that fails. What is read is for whoever comes next."""
+        try:
+            consumer.poll(ATTEND_TIMEOUT, paused=True)
+        except Exception as exc:
+            log.debug("Kafka consumer %s: the group cannot be joined again at the end: %s", self.name, exc)
+            return False
+        return True
 
     def _look_after(self, consumer: MemberConsumerLike) -> None:
         if time.monotonic() < self._look_at:

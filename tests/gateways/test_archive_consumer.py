@@ -240,6 +240,37 @@ async def test_a_commit_is_repeated_after_a_rebalance() -> None:
         assert group.stored == {(TOPIC, 0): 1}
 
 
+async def test_what_was_processed_last_is_stored_once_the_group_has_settled() -> None:
+    group = MemoryGroup()
+    group.write("a")
+    async with consumer(group) as source:
+        assert await take(source, 1) == ["a"]
+        group.commit_errors = [RejoinError(), RejoinError()]
+    assert group.commit_errors == []
+    assert group.stored == {(TOPIC, 0): 1}
+
+
+async def test_what_another_member_has_by_now_is_not_stored_at_the_end() -> None:
+    group = MemoryGroup()
+    group.write("a")
+    async with consumer(group) as source:
+        assert await take(source, 1) == ["a"]
+        group.lose = True  # noticed by the poll behind the commit, or by an earlier one
+        group.commit_errors = [RejoinError()]
+    assert group.stored == {}
+
+
+async def test_a_group_that_cannot_be_joined_again_keeps_nobody_at_the_end() -> None:
+    group = MemoryGroup()
+    group.write("a")
+    async with consumer(group) as source:
+        assert await take(source, 1) == ["a"]
+        group.poll_errors = [OSError("broken")]
+        group.commit_errors = [OSError("never asked"), RejoinError()]
+    assert len(group.commit_errors) == 1
+    assert group.stored == {}
+
+
 async def test_kafka_and_topics_are_waited_for(caplog: pytest.LogCaptureFixture) -> None:
     group = MemoryGroup()
     group.exists = False
