@@ -24,6 +24,7 @@ MINIMUM_MAX_SIZE: Final = 1024 * 1024
 """Bytes: a smaller SQLite file could not keep its own indexes and write-ahead log within the bound."""
 MINIMUM_SPOOL_BYTES: Final = 1024 * 1024
 NAME_LENGTH: Final = 100
+KAFKAS_OWN: Final = ("__consumer_offsets", "__share_group_state", "__transaction_state")
 
 _KAFKA_TOPIC: Final = re.compile(r"[A-Za-z0-9._-]{1,249}")
 
@@ -72,6 +73,8 @@ def _filter_problem(topic_filter: str) -> str | None:
 def _check_kafka_topic(_instance: object, _attribute: attrs.Attribute[Any], topic: str | None) -> None:
     if topic is not None and (not _KAFKA_TOPIC.fullmatch(topic) or topic in (".", "..")):
         raise ValueError(f"expected 1 to 249 of the characters a-z A-Z 0-9 . _ -, got {topic!r}")
+    if topic in KAFKAS_OWN:
+        raise ValueError(f"{topic} is a topic that Kafka keeps for itself; give the group one of its own")
 
 
 @attrs.frozen(kw_only=True)

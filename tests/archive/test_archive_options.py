@@ -39,6 +39,7 @@ def test_choices_in_capitals_match_without_regard_to_case() -> None:
         ({"max_size": 1000}, "'max_size' must be >= 1048576: 1000"),
         ({"store": "KAFKA", "kafka_topic": "a b"}, "expected 1 to 249 of the characters .* got 'a b'"),
         ({"store": "KAFKA", "kafka_topic": ".."}, "got '..'"),
+        ({"store": "KAFKA", "kafka_topic": "__consumer_offsets"}, "__consumer_offsets is a topic that Kafka keeps for"),
         ({"store": "KAFKA", "retention": 5}, "Retention: .* set retention.ms in the topic's Config"),
         ({"store": "KAFKA", "max_size": 1 << 30}, "MaxSize: .* set retention.bytes"),
         ({"kafka_topic": "t"}, 'KafkaTopic: has no meaning with Store = "SQLITE"; set Store = "KAFKA"'),
