@@ -121,6 +121,9 @@ class Stage:
         self.directory = directory
         self.nodes: list[Node] = []
         self.published = self.received = 0
+        self._published_at: list[float] = []
+        self._latest = -1
+        """The number of the message that was received last."""
         self.prometheus: Prometheus | None = None
         self._nursery = nursery
         self._door: trio.Event | None = None
@@ -179,6 +182,7 @@ class Stage:
 
     async def _publish(self, client: TestClient) -> None:
         while True:
+            self._published_at.append(time.monotonic())
             await client.publish(f"load/{self.published % TOPICS}", b"%d" % self.published, qos=1)
             self.published += 1
             await trio.sleep(1 / RATE)
@@ -186,7 +190,7 @@ class Stage:
     async def _receive(self, client: TestClient) -> None:
         client.patience = 24 * 3600
         while True:
-            await client.next_message()
+            self._latest = int((await client.next_message()).payload)
             self.received += 1
 
     async def metrics(self, node: int) -> Mapping[str, float]:
@@ -247,15 +251,15 @@ class Stage:
         return alert not in await self.watch.active()
 
     async def stop_reading(self, seconds: float) -> tuple[float, float]:
-        """The second node takes nothing from the bus; return for how long that was, and its lag in seconds then."""
+        """The second node takes nothing from the bus for so long; return how old the oldest message is then that it has
+        not taken, and its lag in seconds."""
         before = self.received
         self._door = trio.Event()
-        began = time.monotonic()
         await trio.sleep(seconds)
         lag = (await self.metrics(1))["mqtt_trio_kafka_records_lag_max_seconds client=bus-reader topic=monster"]
-        waited = time.monotonic() - began
+        age = time.monotonic() - self._published_at[self._latest + 1]
         assert self.received - before < RATE, "it was to stand still"
-        return waited, lag
+        return age, lag
 
     def go_on_reading(self) -> None:
         """It reads again."""

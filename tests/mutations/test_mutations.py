@@ -47,7 +47,7 @@ class Copy:
     def __init__(self, root: Path) -> None:
         self.root = root
         skip = shutil.ignore_patterns("__pycache__", "node_modules", "mutations", "interop", "browser")
-        for name in ("mqtt_trio", "gateways", "tests", "scripts"):
+        for name in ("mqtt_trio", "gateways", "tests", "scripts", "examples"):
             shutil.copytree(ROOT / name, root / name, ignore=skip)
         shutil.copy(ROOT / "pyproject.toml", root)
 
