@@ -37,6 +37,8 @@ BATCH: Final = 1000
 OUTSTANDING: Final = 10
 """Batches that neither store has confirmed."""
 KILL_LIMIT: Final = 60.0
+SLOWEST: Final = 1000.0
+"""Rows per second that a rebuild makes in any case, beside seconds to begin with (KILL_LIMIT)."""
 GROUP: Final = "Default"
 
 
@@ -154,7 +156,7 @@ def run_and_kill(config: Path, topic: str, history: Path, rows: int = 1) -> int:
         return count_rows(history) > rows
 
     try:
-        wait_until(has_more, f"more than {rows} rows in the history", KILL_LIMIT)
+        wait_until(has_more, f"more than {rows} rows in the history", KILL_LIMIT + rows / SLOWEST)
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
