@@ -21,8 +21,13 @@ class SetServers(argparse.Action):
         values: str | Sequence[Any] | None,
         option_string: str | None = None,
     ) -> None:
-        sets = [f"Kafka.{key}={values}" for key in ("Servers", "BootstrapServers")]
-        namespace.sets = [*namespace.sets, *sets]
+        namespace.bootstrap_server = str(values)
+        namespace.sets = [*namespace.sets, *sets_of_servers(str(values))]
+
+
+def sets_of_servers(servers: str | None) -> list[str]:
+    """Return what `--bootstrap-server` stands for."""
+    return [] if servers is None else [f"Kafka.{key}={servers}" for key in ("Servers", "BootstrapServers")]
 
 
 def add_common(parser: argparse.ArgumentParser, *, json: bool = True) -> None:

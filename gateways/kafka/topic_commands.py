@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import attrs
 
-from gateways.kafka.command_arguments import EXIT_FAILURE, add_common, options_of, table
+from gateways.kafka.command_arguments import EXIT_FAILURE, add_common, options_of, sets_of_servers, table
 from gateways.kafka.options import KafkaOptions
 from gateways.kafka.topic_plan import (
     DENIED,
@@ -167,7 +168,7 @@ class TopicsCommand:
         with open_admin(options) as admin:
             seen = look(admin, plans)
             if arguments.action == "plan":
-                return _plan(seen, options, context.console, as_json=arguments.json)
+                return _plan(seen, options, context.console, arguments)
             return Applier(admin, seen, options, context.console).run(configs=arguments.configs, sure=arguments.yes)
 
 
@@ -191,14 +192,14 @@ def _chosen(plans: list[TopicPlan], names: Sequence[str]) -> list[TopicPlan]:
 # --- showing
 
 
-def _plan(seen: Look, options: KafkaOptions, console: Console, *, as_json: bool) -> int:
-    if as_json:
+def _plan(seen: Look, options: KafkaOptions, console: Console, arguments: argparse.Namespace) -> int:
+    if arguments.json:
         console.show("\n".join(json.dumps(one.as_json(seen.brokers)) for one in seen.findings))
     else:
         brokers = f"{seen.brokers} broker{'s' if seen.brokers != 1 else ''}"
         console.show(f"Kafka at {', '.join(options.server_names)}, {brokers}\n")
         console.show("\n".join(line for one in seen.findings for line in _lines(one, seen.brokers)))
-        console.show(f"\n{_summary(seen)}")
+        console.show(f"\n{_summary(seen, arguments)}")
     if seen.is_blind:
         return EXIT_FAILURE
     return EXIT_DIFFERS if seen.differs else 0
@@ -231,7 +232,7 @@ def _hint(difference: Difference) -> str:
     return ": ".join(part for part in (how, difference.note) if part)
 
 
-def _summary(seen: Look) -> str:
+def _summary(seen: Look, arguments: argparse.Namespace) -> str:
     findings = seen.findings
     counts = (
         (sum(one.is_missing for one in findings), "to create"),
@@ -244,9 +245,22 @@ def _summary(seen: Look) -> str:
     total = f"{len(findings)} topic{'s' if len(findings) != 1 else ''}"
     if not told:
         return f"{total}, as planned."
-    configs = " --configs" if counts[2][0] else ""
-    mend = f" To do it: mqtt-trio topics apply{configs}" if any(count for count, _ in counts[:3]) else ""
+    mend = ""
+    if any(count for count, _ in counts[:3]):
+        mend = f" To do it: {_apply_command(arguments, configs=bool(counts[2][0]))}"
     return f"{total}: {', '.join(told)}.{mend}"
+
+
+def _apply_command(arguments: argparse.Namespace, *, configs: bool) -> str:
+    """Return the command that does what `plan` shows. What `--set` was given may be a secret: it is not repeated."""
+    given = ["--config", str(arguments.config)] if arguments.config is not None else []
+    if arguments.bootstrap_server is not None:
+        given += ["--bootstrap-server", arguments.bootstrap_server]
+    for name in arguments.topic:
+        given += ["--topic", name]
+    command = shlex.join(["mqtt-trio", "topics", "apply", *given, *(["--configs"] if configs else [])])
+    sets = [one for one in arguments.sets if one not in sets_of_servers(arguments.bootstrap_server)]
+    return f"{command}, with the same --set" if sets else command
 
 
 # --- doing

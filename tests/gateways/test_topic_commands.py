@@ -64,8 +64,20 @@ def test_a_plan_shows_what_is_missing_and_changes_nothing(
     assert main(["topics", "plan", "--config", config]) == 3
     shown = capsys.readouterr().out
     assert shown.startswith("Kafka at k:9092, 1 broker\n\n+ mqtt.messages is missing\n    partitions           12\n")
-    assert shown.endswith("\n5 topics: 5 to create. To do it: mqtt-trio topics apply\n")
+    assert shown.endswith(f"\n5 topics: 5 to create. To do it: mqtt-trio topics apply --config {config}\n")
     assert admin.created == []
+
+
+def test_a_plan_names_the_command_with_what_it_was_given(
+    config: str, admin: FakeAdmin, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--config", config, "--bootstrap-server", "a:1,b:2", "--topic", "bus"]
+    assert main(["topics", "plan", *given]) == 3
+    assert capsys.readouterr().out.endswith(f" To do it: mqtt-trio topics apply {' '.join(given)}\n")
+    assert main(["topics", "plan", *given, "--set", "Kafka.SSL.TruststorePassword=sesame"]) == 3
+    shown = capsys.readouterr().out
+    assert shown.endswith(f" To do it: mqtt-trio topics apply {' '.join(given)}, with the same --set\n")
+    assert "sesame" not in shown  # what was given may be a secret
 
 
 def test_apply_creates_without_asking_and_then_all_is_in_step(
@@ -111,7 +123,7 @@ def test_each_difference_is_told_with_what_can_be_done(
         "retention.ms 1000 -> 2592000000 only with --configs: kept for 1 second instead of 30 days",
         "",
         "5 topics: 1 to grow, 1 with other properties, 2 with differences that `topics apply` leaves alone. To do it: "
-        "mqtt-trio topics apply --configs",
+        f"mqtt-trio topics apply --config {config} --configs",
     ]
 
 
