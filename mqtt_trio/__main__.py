@@ -227,10 +227,10 @@ def rebuild_targets(options: Options) -> list[RebuildTarget]:
 
 
 def _check(loaded: LoadedConfig) -> int:
-    from mqtt_trio.app import build_gateways
+    from mqtt_trio.app import check_gateways
     from mqtt_trio.config_show import advice, show
 
-    build_gateways(loaded)  # their client libraries know which options they take
+    check_gateways(loaded)  # their client libraries know which options they take
     print(f"# mqtt-trio {__version__}, configuration: {loaded.path or 'defaults (no --config)'}")
     print("\n".join(show(loaded)))
     for line in advice(loaded):

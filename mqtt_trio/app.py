@@ -21,7 +21,7 @@ import trio
 from mqtt_trio import __version__
 from mqtt_trio.archive.groups import ArchiveGroup, build_groups
 from mqtt_trio.archive.memory import MemoryStore
-from mqtt_trio.archive.options import ArchiveGroupOptions
+from mqtt_trio.archive.options import ArchiveGroupOptions, merge_groups
 from mqtt_trio.archive.spool import SPOOLS_OF_GROUPS, Spool, spool_path, warn_of_strays
 from mqtt_trio.archive.sqlite import SqliteArchive, archive_path
 from mqtt_trio.archive.store import ArchiveStore
@@ -166,13 +166,7 @@ class Node:
 
     def _make_store(self, group: ArchiveGroupOptions) -> ArchiveStore:
         if group.store == "KAFKA":
-            return self.gateways["Kafka"].archive_store(
-                group.kafka_topic,
-                group.name,
-                form=group.format,
-                timestamps=group.timestamp_format,
-                spooled=group.outage_policy == "spool",
-            )
+            return _kafka_store(self.gateways, group)
         if group.store == "MEMORY":
             return MemoryStore(retention=group.retention, max_size=group.max_size)
         path = archive_path(self.options.persistence.path, group.name)
@@ -238,6 +232,34 @@ def build_gateways(loaded: LoadedConfig) -> dict[str, Gateway]:
     if problems:
         raise ConfigError(problems)
     return built
+
+
+def _kafka_store(gateways: Mapping[str, Gateway], group: ArchiveGroupOptions) -> ArchiveStore:
+    return gateways["Kafka"].archive_store(
+        group.kafka_topic,
+        group.name,
+        form=group.format,
+        timestamps=group.timestamp_format,
+        spooled=group.outage_policy == "spool",
+    )
+
+
+def check_gateways(loaded: LoadedConfig) -> None:
+    """Make the gateways and what archive groups have of them, and forget it all: nothing is contacted.
+
+    Raises:
+      ConfigError: see `build_gateways`; or its gateway cannot have a group, such as one with the topic of another use.
+    """
+    gateways = build_gateways(loaded)
+    problems: list[str] = []
+    for group in merge_groups(loaded.options.archive_groups, default_kafka_topic=archive_topic(loaded.gateways)):
+        if group.store == "KAFKA":
+            try:
+                _kafka_store(gateways, group)
+            except ConfigError as exc:
+                problems.extend(exc.problems)
+    if problems:
+        raise ConfigError(problems)
 
 
 async def _run_gateway(gateway: Gateway, host: Host, *, task_status: trio.TaskStatus[None]) -> None:

@@ -104,6 +104,18 @@ def test_check_asks_the_client_library(capsys: pytest.CaptureFixture[str]) -> No
     assert "no_such_option" in capsys.readouterr().err
 
 
+def test_check_tells_of_groups_that_would_end_a_start(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    group = '[[ArchiveGroups]]\nName = "{0}"\nStore = "KAFKA"\nKafkaTopic = "{1}"\n'
+    config.write_text(group.format("A", "mqtt.messages") + group.format("B", "mqtt.dlq") + group.format("C", "mqtt.c"))
+    assert command_line.main(["check", "--config", str(config)]) == 78
+    assert capsys.readouterr().err.splitlines() == [
+        "mqtt-trio: 2 mistakes in the configuration",
+        "  archive group A: KafkaTopic = mqtt.messages is the topic of Kafka.Topics.Messages; name another; without "
+        "the stream of messages: [Kafka.Topics.Messages] Enabled = false",
+        "  archive group B: KafkaTopic = mqtt.dlq is the topic of Kafka.Topics.Dlq; name another",
+    ]
+
+
 def test_an_interrupted_command_is_no_success(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

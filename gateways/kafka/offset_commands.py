@@ -38,8 +38,8 @@ RESET_EPILOG: Final = """\
 
 Shows what it would do; --execute does it. Refused are groups with members, the checkpoint of a node that is alive (its
 announcements on the bus are listened for, which takes a while), offsets outside of what Kafka has, and unknown groups,
-topics and partitions; the group of mqtt.messages may be set before its first members come. Kafka does not know of consumers outside the deployment that assign partitions to themselves:
-stop them first.
+topics and partitions; the group of mqtt.messages may be set before its first members come. Kafka does not know of
+consumers outside the deployment that assign partitions to themselves: stop them first.
 
 exit codes: 0 done, 1 failure or refused, 2 wrong usage, 78 configuration that cannot be used"""
 
