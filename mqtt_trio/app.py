@@ -140,8 +140,7 @@ class Node:
 
     async def _refuse_unfinished(self) -> None:
         """Raises StartError: a store is what an unfinished rebuild left."""
-        marks, path = self.broker.journal.marks, self.loaded.path
-        await trio.to_thread.run_sync(refuse_unfinished, self.options, marks, path)
+        await trio.to_thread.run_sync(refuse_unfinished, self.loaded, self.broker.journal.marks)
 
     def _build(self) -> None:
         """Make gateways and archive groups."""

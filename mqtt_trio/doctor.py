@@ -108,7 +108,7 @@ def _unfinished(loaded: LoadedConfig, marks: dict[str, bytes]) -> Iterator[Findi
     try:
         for each in unfinished(loaded.options, marks):
             text = f"a rebuild was not finished: {each.missing} records of {each.progress.source} to go"
-            yield Finding(Verdict.PROBLEM, each.name, text, commands([each], loaded.path)[0])
+            yield Finding(Verdict.PROBLEM, each.name, text, commands([each], loaded)[0])
     except StoreError as exc:
         yield Finding(Verdict.PROBLEM, "rebuild", str(exc))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Final
 
 import attrs
@@ -14,7 +13,8 @@ from mqtt_trio.archive.groups import merge_groups
 from mqtt_trio.archive.rebuild import unfinished_history
 from mqtt_trio.archive.sqlite import archive_path
 from mqtt_trio.archive.store import Progress
-from mqtt_trio.config import Options
+from mqtt_trio.config import LoadedConfig, Options
+from mqtt_trio.config_sources import COMMAND_LINE
 from mqtt_trio.errors import StartError, StoreError
 from mqtt_trio.server.rebuild import unfinished_retained
 from mqtt_trio.server.sqlite_store import FILE_NAME
@@ -56,31 +56,32 @@ def unfinished(options: Options, marks: Mapping[str, bytes]) -> Iterator[Unfinis
                 yield Unfinished(f"archive store {path}", f"--group {shlex.quote(group.name)}", progress)
 
 
-def commands(found: list[Unfinished], config: Path | None) -> list[str]:
-    """Return the commands that finish these stores: one for each place that they are rebuilt from."""
+def commands(found: list[Unfinished], loaded: LoadedConfig) -> list[str]:
+    """Return the commands that finish these stores: one for each place that they are rebuilt from. They name the
+    directory where the command line did (`--data`): stores in another one would be begun anew."""
     by_source: dict[str, list[str]] = {}
     for each in found:
         by_source.setdefault(each.progress.source, []).append(each.argument)
-    given = f" --config {shlex.quote(str(config))}" if config is not None else ""
-    return [
-        f"mqtt-trio rebuild{given} --from {source.split()[-1]} {' '.join(arguments)}"
-        for source, arguments in by_source.items()
-    ]
+    given = ["--config", str(loaded.path)] if loaded.path is not None else []
+    if loaded.origin(("Persistence", "Path")) == COMMAND_LINE:
+        given += ["--set", f"Persistence.Path={loaded.options.persistence.path}"]
+    command = shlex.join(["mqtt-trio", "rebuild", *given])
+    return [f"{command} --from {source.split()[-1]} {' '.join(arguments)}" for source, arguments in by_source.items()]
 
 
-def refuse_unfinished(options: Options, marks: Mapping[str, bytes], config: Path | None) -> None:
-    """Look whether the node's stores are whole; see `unfinished`. `config`: the file, for the command that goes on.
+def refuse_unfinished(loaded: LoadedConfig, marks: Mapping[str, bytes]) -> None:
+    """Look whether the node's stores are whole; see `unfinished`.
 
     Raises:
       StartError: a store is not.
     """
     try:
-        found = list(unfinished(options, marks))
+        found = list(unfinished(loaded.options, marks))
     except StoreError as exc:
         raise StartError(str(exc)) from None
     if not found:
         return
     lacking = ", ".join(f"{each.name} ({each.missing} records of {each.progress.source} to go)" for each in found)
     raise StartError(
-        f"a rebuild was not finished: {lacking}. Go on with `{'`, `'.join(commands(found, config))}`. {ELSE}"
+        f"a rebuild was not finished: {lacking}. Go on with `{'`, `'.join(commands(found, loaded))}`. {ELSE}"
     )

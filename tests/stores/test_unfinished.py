@@ -82,9 +82,10 @@ async def refusal(loaded: LoadedConfig) -> str:
 async def test_a_node_says_what_is_missing_and_what_goes_on(loaded: LoadedConfig, tmp_path: Path) -> None:
     leave_unfinished(retained(tmp_path))
     text = await refusal(loaded)
+    given = f"--config {tmp_path / 'config.toml'} --set Persistence.Path={tmp_path}"
     assert text == (
         f"a rebuild was not finished: session store {tmp_path / FILE_NAME} (189 records of Kafka topic mqtt.archive to "
-        f"go). Go on with `mqtt-trio rebuild --config {tmp_path / 'config.toml'} --from mqtt.archive --retained`. "
+        f"go). Go on with `mqtt-trio rebuild {given} --from mqtt.archive --retained`. "
         "To start without what is in them, move the files away"
     )
     target = retained(tmp_path)  # the refused node has left it as it was
@@ -99,9 +100,17 @@ async def test_all_stores_are_told_at_once(loaded: LoadedConfig, tmp_path: Path)
     leave_unfinished(history(tmp_path))
     leave_unfinished(history(tmp_path, "It's hot"), ELSEWHERE)
     text = await refusal(loaded)
+    given = f"--config {tmp_path / 'config.toml'} --set Persistence.Path={tmp_path}"
+    assert f"`mqtt-trio rebuild {given} --from mqtt.archive --retained --group Default`" in text
+    assert f"""`mqtt-trio rebuild {given} --from other --group 'It'"'"'s hot'`""" in text
+
+
+async def test_a_place_that_the_file_names_is_not_repeated(tmp_path: Path) -> None:
     config = tmp_path / "config.toml"
-    assert f"`mqtt-trio rebuild --config {config} --from mqtt.archive --retained --group Default`" in text
-    assert f"""`mqtt-trio rebuild --config {config} --from other --group 'It'"'"'s hot'`""" in text
+    config.write_text(f'[Persistence]\nPath = "{tmp_path}"\n')
+    leave_unfinished(retained(tmp_path))
+    text = await refusal(load_config(config, {}, Overrides(port=0, ws_port=0)))
+    assert f"`mqtt-trio rebuild --config {config} --from mqtt.archive --retained`" in text
 
 
 async def test_finished_it_starts(loaded: LoadedConfig, tmp_path: Path) -> None:
@@ -158,7 +167,7 @@ def test_the_doctor_names_the_command(loaded: LoadedConfig, tmp_path: Path, caps
     lines = [line for line in capsys.readouterr().out.splitlines() if "not finished" in line]
     assert code == 1
     assert [line.partition(" -> ")[2] for line in lines] == [
-        f"mqtt-trio rebuild --config {loaded.path} --from mqtt.archive {argument}"
+        f"mqtt-trio rebuild --config {loaded.path} --set Persistence.Path={tmp_path} --from mqtt.archive {argument}"
         for argument in ("--retained", "--group Default")
     ]
     assert all(line.startswith("PROBLEM") and "189 records of Kafka topic mqtt.archive to go" in line for line in lines)
