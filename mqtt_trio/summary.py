@@ -74,7 +74,9 @@ def _off_lines(loaded: LoadedConfig) -> list[str]:
     if "tcp" not in kinds:
         lines.append('MQTT over TCP ([[Listeners]] Type = "tcp")')
     if not loaded.gateways:
-        lines.append('Kafka: bus between nodes, archive ([Kafka] Servers = "host:9092", [Kafka.Bus] Enabled = true)')
+        lines.append(
+            'Kafka: bus, archive, stream of messages ([Kafka] Servers = "host:9092", [Kafka.Bus] Enabled = true)'
+        )
     elif not any(getattr(getattr(options, "bus", None), "enabled", False) for options in loaded.gateways.values()):
         lines.append("the bus between nodes ([Kafka.Bus] Enabled = true)")
     if all(listener.tls is None for listener in loaded.options.listeners):

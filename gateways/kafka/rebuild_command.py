@@ -35,7 +35,7 @@ message of each topic, the file of a group with Store = "SQLITE" with every mess
 Sessions and queued messages are in no archive. The node must not be running.
 
 Reads up to where the topic ends at the start. A rebuild that was stopped, or killed, goes on where it was when the
-command is given again, and the stores end the same.
+command is given again, and the stores end the same. Until then no node starts on them.
 
 exit codes: 0 done, 1 failure or refused, 2 wrong usage, 78 configuration that cannot be used"""
 
